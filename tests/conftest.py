@@ -32,6 +32,7 @@ from distill_at_scale.core.progress import Display
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import schema, to_table, write_meta, write_shards
 from distill_at_scale.distillation.engine import DistillPaths
+from distill_at_scale.models import forward_mode
 from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pipeline.executors.local import LocalExecutor
 from distill_at_scale.pipeline.pipeline import Pipeline
@@ -101,6 +102,18 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.counts[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
+
+
+def as_if_compiled(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """`auto` compiles everything, and compiled code runs as it is. Returns a list of the batches that such code gets."""
+    seen: list[torch.Tensor] = []
+
+    def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        return lambda images, *others: (seen.append(images), function(images, *others))[1]
+
+    monkeypatch.setattr(forward_mode, "STEP_SECONDS", -1e9)
+    monkeypatch.setattr(torch, "compile", compiled)
+    return seen
 
 
 class FixedNetwork(NetworkSpec):

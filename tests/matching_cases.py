@@ -30,6 +30,11 @@ def reference_distance(real, synthetic):
     return total
 
 
+def of_one_class(distance):
+    """The distance between the gradients of one class [*parameter], a scalar."""
+    return lambda real, synthetic: distance([a[None] for a in real], [b[None] for b in synthetic])[0]
+
+
 def reference_gradient(network, batch, label, create_graph=False):
     loss = torch.stack([F.cross_entropy(network(image[None]), torch.tensor([label])) for image in batch]).mean()
     return torch.autograd.grad(loss, list(network.parameters()), create_graph=create_graph)

@@ -178,6 +178,7 @@ class Distillation:
         self.began, self.logged = time.perf_counter() - spent, (start, spent)
         processes = self.workers.gather((socket.gethostname(), os.getpid()))
         placed = {"held": self.sampler.held, "at": time.time(), "workers": processes}
+        placed |= {"mode": self.method.forward_mode.note} if self.method.forward_mode else {}
         self._write({"stage": "hold", "step": start, "of": self.steps, **placed})
         self.sampler.schedule(chain.from_iterable(map(self.method.draws, range(start, self.steps))))
         snapshot_steps = {int(self.steps * share) for share in SNAPSHOT_AT}

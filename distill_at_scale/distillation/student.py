@@ -221,7 +221,7 @@ def test(
     classes, top5_hits, hits = 0, 0, torch.zeros(len(labels), dtype=torch.bool)
     for first in range(0, len(labels), at_once):
         with autocast(precision, device):
-            logits = network(normalization.apply(pixels[first : first + at_once].to(device)))
+            logits = network(normalization.apply(pixels[first : first + at_once].to(device))).float()
         targets = labels[first : first + at_once].to(device)
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits[first : first + at_once] = (best[:, 0] == targets).cpu()

@@ -2,7 +2,7 @@
 
 bf16 is autocast: convolutions and matrix products in bfloat16; weights, gradients, losses, norms of gradients and the state
 of optimizers stay in float32. The driver resolves `auto` once per run, so all workers compute alike, and fingerprints hold
-the resolved value.
+the resolved value. `forward_mode.py` says where a CPU uses bf16.
 """
 
 from __future__ import annotations
@@ -21,15 +21,6 @@ SECTIONS = ("score", "distill", "evaluate")  # sections with a key `precision`
 def resolve(choice: str, on_gpu: bool) -> Precision:
     """The precision of `auto`, `fp32` or `bf16`; auto: bf16 on GPUs and on CPUs that compute in it."""
     return "bf16" if choice == "bf16" or (choice == "auto" and (on_gpu or cpu_has_bf16())) else "fp32"
-
-
-def used(choice: str, on_gpu: bool, compiled: bool) -> Precision:
-    """The precision of proxies, scoring and matching: bf16 on a CPU only in compiled code.
-
-    Eager code is faster in float32: training a ConvNet-3 of width 32 at 32 x 32 takes 1.7 times as long in bf16 on an EPYC
-    core with AVX512-BF16, and a quarter of the time if it is compiled too.
-    """
-    return resolve(choice, on_gpu) if on_gpu or compiled else "fp32"
 
 
 @cache

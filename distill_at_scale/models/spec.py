@@ -8,7 +8,6 @@ with it), `frame:NAME` (an image network on the middle frame of a clip) or `pack
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from distill_at_scale.config.explain import suggest
 from distill_at_scale.config.registry import FRAME, resolve
 from distill_at_scale.core import rng
-from distill_at_scale.core.errors import RunWarning, UserError
+from distill_at_scale.core.errors import UserError
 from distill_at_scale.models.image import VGG11, AlexNet, ConvNet, ResNet
 from distill_at_scale.models.mlp import MLP
 from distill_at_scale.models.video import ConvNet3D, OneFrame, VideoResNet
@@ -29,10 +28,6 @@ from distill_at_scale.models.video import ConvNet3D, OneFrame, VideoResNet
 CPU_CACHE, GPU_ACTIVATIONS = 8 * 2**20, 512 * 2**20
 TORCHVISION = "torchvision:"  # prefix of names
 MULTIPLE_OUTPUTS = ("googlenet", "inception_v3")  # torchvision networks that return more than logits in training
-# activation_bytes of forward passes below which compiling costs more (10 to 30 s) than it saves: about 1.5 s per 10**9, also
-# of training, where a step counts as three passes
-COMPILE_FROM = 10 * 10**9
-TRAINING_PASSES = 3  # of a sample in a training step: forward, and backward as much as two
 
 Build = Callable[["NetworkSpec"], nn.Module]
 
@@ -77,10 +72,15 @@ class NetworkSpec:
     def build(self, seed: int) -> nn.Module:
         """A freshly initialised network on the CPU, float32 [n, *shape] -> logits [n, classes]; a seed decides its weights.
 
+        Its last linear layer computes in float32 under autocast too, so that close logits do not become equal.
+
         Raises UserError for an unknown name and for data that the network does not take.
         """
         with rng.default_generator(seed):
-            return builder("network", self.name)(self)
+            network = builder("network", self.name)(self)
+        if type(head := last_linear(network)) is nn.Linear:
+            head.__class__ = Float32Linear
+        return network
 
     def renew(self, network: nn.Module, seed: int) -> None:
         """Give a network of this specification, on any device, the weights of `build(seed)`, in place."""
@@ -114,6 +114,20 @@ class NetworkSpec:
     def activation_bytes(self, samples: int) -> int:
         """Bytes of the widest layer's output for this many samples: a measure of the computation."""
         return samples * widest_layer(self)
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer in the precision of its weights, whatever autocast asks for."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return super().forward(features.to(self.weight.dtype))
+
+
+def last_linear(network: nn.Module) -> nn.Linear | None:
+    """The last nn.Linear without submodules."""
+    linear = [m for m in network.modules() if isinstance(m, nn.Linear) and not any(True for _ in m.children())]
+    return linear[-1] if linear else None
 
 
 @dataclass(frozen=True)
@@ -225,43 +239,12 @@ def _build_torchvision(name: str, spec: NetworkSpec) -> nn.Module:
     return models.get_model(name, weights=None, num_classes=spec.classes)
 
 
-def will_compile(choice: str, activation_bytes: int) -> bool:
-    return choice == "always" or (choice == "auto" and activation_bytes >= COMPILE_FROM)
+def in_parts(function: Callable[[Tensor], Tensor], images: Tensor, size: int, one_shape: bool = False) -> Tensor:
+    """function(images) for [n, *shape], `size` samples at a time; pads the last part.
 
-
-def compile_note(choice: str, activation_bytes: int) -> str:
-    """What `will_compile` decides, for the user."""
-    if will_compile(choice, activation_bytes):
-        return "compiled, which takes 10 to 30 s, or a few where torch's cache has the code"
-    return "not compiled" if choice == "never" else "not compiled, as that takes longer than it saves here"
-
-
-def maybe_compile(network: Callable[[Tensor], Tensor], choice: str, work: int) -> Callable[[Tensor], Tensor]:
-    """torch.compile if it pays for `work` activation bytes; if no compiler works, warns once and runs eagerly."""
-    if not will_compile(choice, work):
-        return network
-    compiled, failed = torch.compile(network), False
-
-    def forward(images: Tensor) -> Tensor:
-        nonlocal failed
-        if not failed:
-            try:
-                return compiled(images)
-            except Exception as error:
-                if "torch._inductor" not in type(error).__module__ and "torch._dynamo" not in type(error).__module__:
-                    raise
-                failed = True
-                reason = str(error).partition("\n")[0] or type(error).__name__
-                problem = f"torch.compile does not work here ({reason})"
-                warnings.warn(f"{problem}; running eagerly, slower", RunWarning, stacklevel=2)
-        return network(images)
-
-    return forward
-
-
-def in_parts(function: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Tensor:
-    """function(images) for [n, *shape], `size` samples at a time; pads the last part, as compiled code wants one shape."""
-    if len(images) <= size:
+    With `one_shape`, for compiled code, fewer than `size` samples are padded too: each shape is compiled on its own.
+    """
+    if len(images) <= size and not (one_shape and len(images)):
         return function(images)
     missing = -len(images) % size
     padded = torch.cat([images, images.new_zeros(missing, *images.shape[1:])]) if missing else images

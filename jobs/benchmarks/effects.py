@@ -17,6 +17,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -29,7 +30,8 @@ from distill_at_scale.core.rng import derive
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import normalization_of
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
-from distill_at_scale.distillation.methods.shared.gradient_distance import of_single_class, synthetic_gradient
+from distill_at_scale.distillation.augment import AugmentParams
+from distill_at_scale.distillation.methods.shared.gradient_distance import synthetic_gradient
 from distill_at_scale.distillation.methods.shared.gradient_matching import MatchingMethod
 from distill_at_scale.distillation.methods.shared.treatment_effect import (
     SampleGradients,
@@ -124,7 +126,7 @@ def agreement(options: argparse.Namespace, method: str, ipc: int, pool: ClassSam
     def effects(network: nn.Module, images: Tensor) -> Tensor:
         rng = torch.Generator().manual_seed(k)
         if isinstance(own, MatchingMethod):
-            view, distance = own.view(own.augmentation.draw(rng), k, 0, label), own.effect_distance
+            view, distance = view_of(own, own.augmentation.draw(rng), label, k), own.effect_distance
             samples = SampleGradients(network, label, AT_ONCE, True)
             return gradient_effects(samples, real, images, view, distance, options.probes, rng)[0]
         features = embedded(network, real)
@@ -138,6 +140,11 @@ def agreement(options: argparse.Namespace, method: str, ipc: int, pool: ClassSam
     return [float(spearmanr(found, x)[0]) for x in (exact, effects(other, images), effects(network, others))]
 
 
+def view_of(own: MatchingMethod, params: AugmentParams, label: int, k: int) -> Callable[[Tensor], Tensor]:
+    """Stored images of a class -> what the network sees of them."""
+    return lambda stored: own.shown(stored[None], [label], [params], k, 0)
+
+
 @torch.no_grad()
 def embedded(network: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([network.embed(part) for part in images.split(AT_ONCE)])
@@ -147,15 +154,17 @@ def left_out_gradients(
     own: MatchingMethod, network: nn.Module, real: Tensor, images: Tensor, label: int, k: int
 ) -> Tensor:
     """The norm of the change of the images' gradient if a sample is left out, for each sample [n]."""
-    view = own.view(own.augmentation.draw(torch.Generator()), k, 0, label)
+    view = view_of(own, own.augmentation.draw(torch.Generator()), label, k)
     each = SampleGradients(network, label, AT_ONCE, True)(real)
-    leaf, n, distance = images.clone().requires_grad_(True), len(real), of_single_class(own.effect_distance)
+    leaf, n, distance = images.clone().requires_grad_(True), len(real), own.effect_distance
     synthetic = synthetic_gradient(network, view(leaf), label)
     fixed = [g.detach().requires_grad_(True) for g in synthetic]
     mean = [g.mean(0) for g in each]
 
     def slopes(real: list[Tensor]) -> list[Tensor]:
-        found = torch.autograd.grad(distance(real, fixed), fixed, allow_unused=True)
+        found = torch.autograd.grad(
+            distance([a[None] for a in real], [b[None] for b in fixed]).sum(), fixed, allow_unused=True
+        )
         return [torch.zeros_like(f) if s is None else s for f, s in zip(fixed, found, strict=True)]
 
     full, norms = slopes(mean), []

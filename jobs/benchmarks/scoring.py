@@ -176,7 +176,7 @@ def forward_alone(
     images = ((pixels.float() / 255 - 0.45) / 0.25)[: len(pixels) // at_once * at_once]
     images = MemoryFormat(spec, True).images(images)
     model = MemoryFormat(spec, True).network(spec.build(0).eval().requires_grad_(False))
-    states, forward = [_weights(Path(proxies), epoch) for epoch in range(count)], torch.compile(model)
+    states, forward = [_weights(Path(proxies), epoch) for epoch in range(count)], torch.compile(model, dynamic=False)
     with precision.autocast(precision.resolve("auto", False), torch.device("cpu")):  # as ours
         forward(images[:at_once])
         done = 0

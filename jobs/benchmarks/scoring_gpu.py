@@ -35,7 +35,7 @@ from distill_at_scale.data.prepared.format import (
     write_shards,
 )
 from distill_at_scale.models.precision import autocast
-from distill_at_scale.models.spec import MemoryFormat, NetworkSpec, in_parts, maybe_compile
+from distill_at_scale.models.spec import MemoryFormat, NetworkSpec, in_parts
 from distill_at_scale.pruning.proxies.train import checkpoint_path
 from distill_at_scale.pruning.scoring.scorer import Scorer
 
@@ -113,7 +113,7 @@ def _prepare(network: str, size: int, width: int, samples: int, folder: Path, ch
 @torch.no_grad()
 def _alone(spec: NetworkSpec, device: torch.device, samples: int) -> float:
     network = MemoryFormat(spec, True).network(spec.build(0).to(device)).eval().requires_grad_(False)
-    forward, at_once = maybe_compile(network, "always", 0), spec.microbatch(device)
+    forward, at_once = torch.compile(network, dynamic=False), spec.microbatch(device)
     images = MemoryFormat(spec, True).images(torch.randn(at_once, *spec.shape, device=device))
     with autocast("auto", device):
         in_parts(forward, images, at_once)

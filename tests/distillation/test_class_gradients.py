@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from matching_cases import reference_distance, reference_gradient
+from matching_cases import of_one_class, reference_distance, reference_gradient
 
 from distill_at_scale.distillation.methods.shared import class_gradients as classwise
 from distill_at_scale.distillation.methods.shared import gradient_distance
 from distill_at_scale.models.spec import NetworkSpec
 
 SPEC = NetworkSpec("convnet", (3, 8, 8), 4, width=6)
-class_distance = gradient_distance.of_single_class(gradient_distance.cosine_distance)
+class_distance = of_one_class(gradient_distance.cosine_distance)
 
 
 def images(count, seed=0):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import Calls
+from conftest import Calls, as_if_compiled
 from matching_cases import CLASSES, all_images_of, assert_close, image_gradient, make_method, make_sampler
 
 from distill_at_scale.config import load as configuration
 from distill_at_scale.config.methods import SIAMESE_AUGMENT
 from distill_at_scale.core.collectives import SingleProcess
+from distill_at_scale.core.errors import DistillationDiverged
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.methods import dm
@@ -123,6 +124,20 @@ def test_rule_ite_embeds_less_between_full_steps_and_resumes_to_the_same_bytes()
     assert all(torch.equal(state[key], other[key]) for key in state)
 
 
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_features_that_are_not_finite_stop_the_run_with_the_name_of_their_class(bad):
+    """All classes are averaged in one matrix product, where 0 x inf must not spoil the others."""
+    method = many_classes(3, ipc=1, shape=(1, 8, 8), init="noise", augment="none")
+    embed, before = method.embed_real, method.images.detach().clone()
+    method.embed_real = lambda images: embed(images).index_fill(0, torch.tensor([5]), bad)  # of four per class
+    labels, real = list(range(3)), method.augmentation.draw_each(torch.Generator(), 3)
+    means, _ = method._real_means(method.images.detach(), labels, real, 0)
+    assert means.isfinite().all(1).tolist() == [True, False, True]
+    with pytest.raises(DistillationDiverged, match="of class '1' is not finite at step 0"):
+        method.step(0)
+    assert torch.equal(method.images, before)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_clips_are_matched_under_every_rule(rule):
     method = many_classes(
@@ -153,8 +168,7 @@ def test_a_step_calls_as_many_operators_for_100_classes_as_for_10_and_reads_numb
 
 
 def test_bf16_changes_the_real_side_of_a_step_by_little(monkeypatch):
-    monkeypatch.setattr(dm, "will_compile", lambda choice, work: True)  # eager bf16 is slower on a CPU and not used
-    monkeypatch.setattr(dm, "maybe_compile", lambda function, choice, work: function)
+    as_if_compiled(monkeypatch)
     gradients = []
     for precision in ("fp32", "bf16"):
         method = many_classes(2, ipc=1, shape=(1, 16, 16), init="noise", augment="none", precision=precision)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Calls, FixedNetwork
+from conftest import Calls, FixedNetwork, as_if_compiled
 from matching_cases import (
     CLASSES,
     CPU,
@@ -61,8 +61,9 @@ def test_the_gradient_of_the_kept_samples_follows_from_that_of_all(kept):
     """All but one, few and one of them are kept."""
     pool = make_sampler()
     method, images = make_method("dc", pool), all_images_of(pool, 1)
-    network, mask = method.new_network(0), torch.arange(len(images)) < kept % len(images)
-    actual = method._gradient_of_kept(network, images, 1, mask, real_gradient(network, images, 1, 100))
+    method.new_network(0)
+    network, mask = method.net, torch.arange(len(images)) < kept % len(images)
+    actual = method._gradient_of_kept(images, 1, mask, real_gradient(network, images, 1, 100))
     for own, expected in zip(actual, real_gradient(network, images[mask], 1, 100), strict=True):
         assert_close(own, expected)
 
@@ -89,11 +90,12 @@ def test_the_inner_loop_sees_every_image_once_per_epoch_in_small_batches():
     """Three batches of two of six images: at a rate near zero, their gradients add up to three times the mean's."""
     pool = make_sampler()
     method = make_method("dc", pool, outer=1, inner=1, network_lr=1e-3, network_batch=2)
-    network = method.new_network(0)
+    method.new_network(0)
+    network = method.net
     before = [p.detach().clone() for p in network.parameters()]
     images, labels = method.images.detach().flatten(0, 1), torch.arange(CLASSES).repeat_interleave(2)
     expected = torch.autograd.grad(3 * F.cross_entropy(network(images), labels), list(network.parameters()))
-    method._train_network(network, 0, 0)
+    method._train_network(0, 0)
     for parameter, old, gradient in zip(network.parameters(), before, expected, strict=True):
         assert torch.allclose((old - parameter.detach()) / 1e-3, gradient, rtol=0.1, atol=2e-2)
 
@@ -409,7 +411,7 @@ def test_the_real_images_in_memory_do_not_grow_with_the_classes(monkeypatch):
     sizes = []
     real = gradient_matching.MatchingMethod._real_batches
     monkeypatch.setattr(
-        gradient_matching.MatchingMethod, "_real_batches", lambda *a: (sizes.append(len(a[3])), real(*a))[1]
+        gradient_matching.MatchingMethod, "_real_batches", lambda *a: (sizes.append(len(a[2])), real(*a))[1]
     )
     monkeypatch.setitem(gradient_matching.MEMORY, "cpu", most * each)
     monkeypatch.setattr(gradient_matching, "SECOND_ORDER", 1)
@@ -434,15 +436,9 @@ def test_compiled_code_sees_one_shape_and_changes_nothing(held, monkeypatch):
     pool = pool_of(spec, held=lambda c: held - c // 3)
     runtime = {"rule": "loss", "drop": 0.3, "refresh": 1}
     expected = moved("dc", spec, runtime, pool, **options)
-    shapes = set()
-
-    def compiled(network, choice, work):
-        return lambda images: (shapes.add(len(images)), network(images))[1]
-
-    monkeypatch.setattr(gradient_matching, "will_compile", lambda *_: True)
-    monkeypatch.setattr(gradient_matching, "maybe_compile", compiled)
+    seen = as_if_compiled(monkeypatch)
     assert_close(moved("dc", spec, runtime, pool, precision="fp32", **options), expected, 1e-5)
-    assert shapes == {2 if held == 2 else 3}  # 9 samples in three parts
+    assert {len(images) for images in seen} == {2 if held == 2 else 3}  # 9 samples in three parts
     rounded = moved("dc", spec, runtime, pool, precision="bf16", **options)
     assert not torch.equal(rounded, expected)
     assert float(F.cosine_similarity(rounded.flatten(), expected.flatten(), dim=0)) > 0.9
@@ -504,8 +500,9 @@ def test_samples_are_independent_under_settled_batch_norm():
     method.step(3)
     assert asked == list(method.draws(3))
     assert len(asked) == spec.classes + 1  # the real batches of all classes at one time
-    network = spec.build(0).train()
-    method.set_batch_norm_statistics(network, 0, 0)
+    method.new_network(0)
+    network = method.net
+    method.set_batch_norm_statistics(0, 0)
     images = method._norm_batch(0, 0)
     assert len(images) == 3 * gradient_matching.NORM_PER_CLASS  # repeated, where fewer are kept
     assert torch.allclose(network(images[:5])[0], network(images[:1])[0], atol=1e-4)

@@ -93,17 +93,18 @@ def test_noise_and_images_are_clamped_to_the_pixel_range():
 def test_no_more_decoded_images_than_asked_are_matched_and_they_change():
     method = make_method(ipc=4, synthetic_batch=5)
     draw = method.augmentation.draw(torch.Generator())
-    first, second = (method.view(draw, step, 0, 0)(method.images[0].detach()) for step in (0, 1))
+    first, second = (method.shown(method.images[:1].detach(), [0], [draw], step, 0) for step in (0, 1))
     assert len(first) == len(second) == 5
     assert not torch.equal(first, second)
 
 
 def test_the_network_is_trained_on_real_samples_of_all_classes():
     method = make_method(network_samples=100, network_cutmix=0.0, network_lr=0.1, network_batch=100)
-    network = method.new_network(0)
+    method.new_network(0)
+    network = method.net
     twin = method.context.spec.build(0)
     optimizers = [torch.optim.SGD(n.parameters(), 0.1, 0.9, weight_decay=5e-4) for n in (network, twin)]
-    method._train_network(network, optimizers[0], 0, 0)
+    method._train_network(optimizers[0], 0, 0)
     pixels, labels = make_sampler().all_samples()
     F.cross_entropy(twin(make_sampler().normalization.apply(pixels)), labels).backward()
     optimizers[1].step()

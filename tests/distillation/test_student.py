@@ -130,3 +130,13 @@ def test_accuracy_by_class_counts_every_class_for_itself():
     accuracy = students.test(Says(), pixels, labels, plain, torch.device("cpu"), at_once=2)
     assert accuracy.per_class == [0.5, 0.5, 0.0, None]
     assert accuracy.top1 == 0.4
+
+
+def test_logits_that_are_equal_in_bf16_are_told_apart():
+    network = SPEC.build(0)
+    torch.nn.init.zeros_(network.classifier.weight)
+    network.classifier.bias.data = torch.tensor([1.0, 1.001, 0.0])
+    pixels, plain = torch.zeros(5, 1, 8, 8, dtype=torch.uint8), Normalization((0.0,), (1.0,))
+    labels = torch.ones(5, dtype=torch.long)
+    for precision in ("fp32", "bf16"):
+        assert students.test(network, pixels, labels, plain, CPU, 2, precision).top1 == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from matching_cases import of_one_class
 from scipy.stats import spearmanr
 from torch import nn
 
@@ -11,7 +12,6 @@ from distill_at_scale.distillation.augment import Augmentation
 from distill_at_scale.distillation.methods.shared import treatment_effect
 from distill_at_scale.distillation.methods.shared.gradient_distance import (
     cosine_distance,
-    of_single_class,
     real_gradient,
     squared_distance,
     synthetic_gradient,
@@ -65,7 +65,7 @@ def rank(a, b):
 
 def gradient_cases(network, real, images, view, metric):
     """Sizes by leaving a sample out, and to first order by one product per sample."""
-    metric = of_single_class(metric)
+    metric = of_one_class(metric)
     each = [real_gradient(network, x[None], LABEL, 1) for x in real]
     n, mean = len(real), [torch.stack(layer).mean(0) for layer in zip(*each, strict=True)]
     leaf = images.clone().requires_grad_(True)

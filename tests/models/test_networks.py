@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import warnings
-
 import pytest
 import torch
-from conftest import ROOT
 from torch import nn
 
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.models import spec as networks
-from distill_at_scale.models.image import AvgPool2d, ConvNet, default_depth
-from distill_at_scale.models.spec import OF_IMAGES, MemoryFormat, NetworkSpec, in_parts, maybe_compile, mixes_samples
+from distill_at_scale.models.image import ConvNet, FastAvgPool2d, default_depth
+from distill_at_scale.models.spec import OF_IMAGES, MemoryFormat, NetworkSpec, in_parts, mixes_samples
 
 RESNETS = ["resnet18", "resnet18_bn", "resnet50", "resnet50_bn"]
 SMALLEST = {"convnet": 8, "alexnet": 8, "vgg11": 8, "convnet_bn": 8, **dict.fromkeys(RESNETS, 16)}
@@ -45,7 +39,7 @@ def test_the_convnet_is_the_standard_one():
     """Three blocks of conv, instance norm, ReLU, pool: 320,010 parameters at width 128, 32 x 32, 10 classes."""
     network = ConvNet((3, 32, 32), 10)
     assert sum(p.numel() for p in network.parameters()) == 320_010
-    assert [type(m).__name__ for m in network.features] == ["Conv2d", "GroupNorm", "ReLU", "AvgPool2d"] * 3 + [
+    assert [type(m).__name__ for m in network.features] == ["Conv2d", "GroupNorm", "ReLU", "FastAvgPool2d"] * 3 + [
         "Flatten"
     ]
     assert all(m.num_groups == m.num_channels and m.affine for m in network.modules() if isinstance(m, nn.GroupNorm))
@@ -54,17 +48,17 @@ def test_the_convnet_is_the_standard_one():
 @pytest.mark.parametrize("shape", [(2, 3, 8, 6), (2, 3, 7, 7), (1, 4, 2, 2)])
 def test_pooling_is_that_of_torch_in_the_values_and_their_gradients(shape):
     images = torch.randn(shape, dtype=torch.double, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    pooled, expected = AvgPool2d(2)(images), torch.nn.functional.avg_pool2d(images, 2)
+    pooled, expected = FastAvgPool2d(2)(images), torch.nn.functional.avg_pool2d(images, 2)
     assert torch.allclose(pooled, expected)
     weights = torch.rand_like(expected)
     both = [torch.autograd.grad((each * weights).square().sum(), images)[0] for each in (pooled, expected)]
     assert torch.allclose(*both)
-    assert torch.autograd.gradgradcheck(AvgPool2d(2), (images,))
+    assert torch.autograd.gradgradcheck(FastAvgPool2d(2), (images,))
 
 
 def test_pooling_rounds_bfloat16_once():
     images = torch.randn(4, 8, 16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert torch.equal(AvgPool2d(2)(images), torch.nn.functional.avg_pool2d(images, 2))
+    assert torch.equal(FastAvgPool2d(2)(images), torch.nn.functional.avg_pool2d(images, 2))
 
 
 def test_the_convnet_pads_mnist_to_32():
@@ -194,30 +188,9 @@ def test_parts_of_one_size_give_the_same_as_the_whole(count):
     images = torch.randn(count, 2)
     assert torch.equal(in_parts(double, images, 4), images * 2)
     assert all(size == 4 for size in sizes) or count <= 4
-
-
-def test_small_jobs_are_not_compiled():
-    network = nn.Linear(2, 2)
-    assert maybe_compile(network, "never", 10**9) is network
-    assert maybe_compile(network, "auto", 1000) is network
-
-
-def test_without_a_working_compiler_the_network_runs_as_it_is(monkeypatch):
-    failure = type("CompileError", (Exception,), {"__module__": "torch._inductor.exc"})
-
-    def no_compiler(network):
-        def broken(images):
-            raise failure("no C++ compiler")
-
-        return broken
-
-    monkeypatch.setattr(networks.torch, "compile", no_compiler)
-    forward = maybe_compile(nn.Identity(), "always", 1)
-    with pytest.warns(UserWarning, match="does not work here"):
-        assert torch.equal(forward(torch.ones(2)), torch.ones(2))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(forward(torch.ones(2)), torch.ones(2))  # warns once
+    sizes.clear()
+    assert torch.equal(in_parts(double, images, 4, one_shape=True), images * 2)
+    assert all(size == 4 for size in sizes) or not count
 
 
 @pytest.mark.parametrize("name", sorted(OF_IMAGES))
@@ -228,37 +201,6 @@ def test_the_layout_in_memory_does_not_change_the_logits(name):
     expected = network(images)
     actual = MemoryFormat(spec, True).network(network)(MemoryFormat(spec, True).images(images))
     assert torch.allclose(actual, expected, atol=1e-4)
-
-
-WITHOUT_COMPILER = """
-import warnings, torch
-from distill_at_scale.models.spec import NetworkSpec, maybe_compile
-torch.set_num_threads(1)
-network = NetworkSpec("convnet", (3, 8, 8), 2, width=4).build(0).eval()
-images = torch.randn(2, 3, 8, 8)
-with torch.no_grad(), warnings.catch_warnings(record=True) as seen:
-    warnings.simplefilter("always")
-    forward = maybe_compile(network, "always", 1)
-    assert all(torch.equal(forward(images), network(images)) for _ in range(2))
-print([str(w.message) for w in seen if "running eagerly" in str(w.message)])
-"""
-
-
-def test_without_a_compiler_scoring_warns_and_continues(tmp_path):
-    """The real torch.compile, in a process that finds no C++ compiler."""
-    places = {"PYTHONPATH": str(ROOT), "CXX": "/nonexistent", "PATH": "/nonexistent", "HOME": str(tmp_path)}
-    places |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    command = [sys.executable, "-c", WITHOUT_COMPILER]
-    done = subprocess.run(command, capture_output=True, text=True, env=places, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("torch.compile does not work here") == 1
-    assert "C++ compiler" in done.stdout
-
-
-def test_an_error_of_the_network_itself_is_not_hidden(monkeypatch):
-    monkeypatch.setattr(networks.torch, "compile", lambda network: network)
-    with pytest.raises(RuntimeError):
-        maybe_compile(nn.Linear(2, 2), "always", 1)(torch.ones(1, 3))
 
 
 def test_a_network_of_one_frame_takes_clips_of_a_stated_kind():

@@ -11,7 +11,7 @@ from torch import nn
 from distill_at_scale.core.errors import OtherConfiguration
 from distill_at_scale.core.progress import Display
 from distill_at_scale.models import precision
-from distill_at_scale.models.precision import autocast, resolve, resolved, used
+from distill_at_scale.models.precision import autocast, resolve, resolved
 from distill_at_scale.pipeline.export import export
 
 
@@ -42,12 +42,6 @@ def test_units_of_the_cpu_with_an_older_torch(monkeypatch, supported):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported, raising=False)
     assert precision.cpu_has_bf16.__wrapped__() is supported
-
-
-def test_eager_code_on_a_cpu_stays_in_float32(monkeypatch):
-    on_cpu_with(monkeypatch, True)
-    assert used("auto", on_gpu=False, compiled=False) == used("bf16", on_gpu=False, compiled=False) == "fp32"
-    assert used("auto", on_gpu=False, compiled=True) == used("auto", on_gpu=True, compiled=False) == "bf16"
 
 
 def test_weights_and_gradients_stay_in_float32():

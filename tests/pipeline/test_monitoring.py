@@ -107,6 +107,12 @@ def pieces(log) -> list[tuple[str, int, int]]:
     return [(event.host, event.pid, event.values["steps"]) for event in log.events if event.what == "work"]
 
 
+def test_how_the_steps_are_computed_is_said_once(log):
+    for at in (100.0, 90.0):  # the second is the line of an earlier group
+        log({**hold(0, at, ("a", 1)), "mode": "bf16, compiled (saves about 40 s of 90 s)"})
+    assert log.lines == ["  samples lie here", "  steps: bf16, compiled (saves about 40 s of 90 s)"]
+
+
 def test_work_is_recorded_for_every_worker_and_unit(log):
     log(hold(0, 100.0, ("a", 1), ("b", 2)))
     for number in (1, 2, 5, 6, 10):

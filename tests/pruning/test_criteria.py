@@ -504,7 +504,7 @@ def test_a_network_that_says_nothing_of_features_shows_them_before_its_last_laye
     from distill_at_scale.pruning.scoring.classifier import Classifier
 
     spec = NetworkSpec("test_criteria:Bare", (1, 8, 8), 3)
-    classifier = Classifier(spec, "fp32", CPU, spec.memory_format("score", CPU, False))
+    classifier = Classifier(spec, CPU, spec.memory_format("score", CPU, False))
     classifier.std.fill_(1)
     pixels = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)
     features = classifier.with_features(pixels)

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FixedNetwork, write_prepared
+from conftest import FixedNetwork, as_if_compiled, write_prepared
 
 from distill_at_scale.config.sections import ScoreSection
 from distill_at_scale.core.errors import DistillationDiverged, UserError
@@ -208,20 +208,11 @@ def test_threads_take_whole_shards_and_end_with_the_same_bytes(tmp_path):
 
 
 def test_compiled_code_gets_batches_of_one_shape(tmp_path, monkeypatch):
-    shapes = set()
-
-    def record(forward, choice, work):
-        def recorded(images):
-            shapes.add(tuple(images.shape))
-            return forward(images)
-
-        return recorded
-
     keys = {"shards": 2, "batch": 9, "epochs": 1, "momentum": 0.9}  # five and four samples
     train(tmp_path / "eager", **keys)
-    monkeypatch.setattr(proxy, "maybe_compile", record)
+    seen = as_if_compiled(monkeypatch)
     train(tmp_path / "compiled", compile="always", **keys)
-    assert shapes == {(5, 1, 8, 8)}
+    assert {tuple(images.shape) for images in seen} == {(5, 1, 8, 8)}
     plain, padded = (
         proxy.load_proxy(SPEC, proxy.checkpoint_path(tmp_path / name, 1, 0), CPU).state_dict()
         for name in ("eager", "compiled")

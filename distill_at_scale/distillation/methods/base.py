@@ -25,9 +25,11 @@ from distill_at_scale.data.sampling.class_sampler import ClassSampler, RealBatch
 from distill_at_scale.data.sampling.lookahead import DrawRequest
 from distill_at_scale.distillation.augment import AugmentParams, apply_each
 from distill_at_scale.distillation.student import TrainingProtocol
+from distill_at_scale.models.forward_mode import ForwardMode
 from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pruning.runtime import RuntimePruning
 
+USUAL_WORKERS = 2  # that each compile, in the estimate whether compiling pays
 OVERFLOW_MARGIN = 1e30  # well below the largest float32
 # of an optimiser's state: torch's names, and those in checkpoints
 OPTIMIZER_KEYS = {"momentum_buffer": "momentum", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "step": "adam_steps"}
@@ -108,6 +110,7 @@ class Method:
         no_runtime: why runtime pruning does not apply; empty for a method that prunes its real batches.
         both_tails: whether the runtime rule `loss` drops the smallest values too (`runtime.tail`).
         batch_norm: whether `distill.network` may have batch norm: "any" or "refused".
+        forward_mode: how the method runs its network, said at the start of a run; None: it says nothing. Set by `prepare`.
         ranks_patches: whether the pipeline ranks patches of real images before the first step (RDED).
         section_name: for methods of the package: the name of their section in `distill`.
     """
@@ -118,6 +121,7 @@ class Method:
     both_tails: ClassVar[bool] = False
     batch_norm: ClassVar[str] = "refused"
     ranks_patches: ClassVar[bool] = False
+    forward_mode: ForwardMode | None = None
     section_name: ClassVar[str]
 
     def __init__(self, context: MethodContext) -> None: ...

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
-from torch import nn
 
 from distill_at_scale.config.methods import DCSection
 from distill_at_scale.core.rng import generator
@@ -48,22 +47,22 @@ class DC(MatchingMethod):
 
     def step(self, i: int) -> dict[str, float]:
         """Algorithm 1 of the paper for one random network."""
-        net = self.new_network(i)
+        self.new_network(i)
         total = 0.0
         for outer in range(self.outer):
-            self.set_batch_norm_statistics(net, i, outer)
-            total += self.match(net, i, outer, i * self.outer + outer)
+            self.set_batch_norm_statistics(i, outer)
+            total += self.match(i, outer, i * self.outer + outer)
             if outer < self.outer - 1:
-                self._train_network(net, i, outer)
+                self._train_network(i, outer)
         self.raise_if_diverged()
         return self.metrics(total, self.outer)
 
-    def _train_network(self, net: nn.Module, step: int, outer: int) -> None:
+    def _train_network(self, step: int, outer: int) -> None:
         """`inner` epochs of SGD on the whole synthetic set; workers sum the gradients of their own classes' images."""
         size = self.context.spec.classes * self.ipc
         labels = torch.tensor(self.context.labels).repeat_interleave(self.ipc)
         indices = labels * self.ipc + torch.arange(self.ipc).repeat(len(self.context.labels))  # within the whole set
-        syn, parameters = self.images.detach().flatten(0, 1), list(net.parameters())
+        syn, parameters = self.images.detach().flatten(0, 1), list(self.net.parameters())
         for epoch in range(self.inner):
             order = torch.randperm(size, generator=generator(self.context.seed, "inner order", step, outer, epoch))
             for number, batch in enumerate(order.split(self.options.network_batch)):

@@ -19,10 +19,11 @@ from distill_at_scale.core.rng import derive, generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.data.sampling.lookahead import DrawRequest
 from distill_at_scale.distillation.augment import Augmentation, AugmentParams, apply_each
-from distill_at_scale.distillation.methods.base import ImageMethod, MethodContext
+from distill_at_scale.distillation.methods.base import USUAL_WORKERS, ImageMethod, MethodContext
 from distill_at_scale.distillation.methods.shared.treatment_effect import feature_effects
-from distill_at_scale.models.precision import autocast, used
-from distill_at_scale.models.spec import TRAINING_PASSES, in_parts, maybe_compile, will_compile
+from distill_at_scale.models.forward_mode import ForwardMode
+from distill_at_scale.models.precision import Precision, autocast
+from distill_at_scale.models.spec import in_parts
 
 GROUP_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}  # of a group's images and activations
 KEPT_LAYERS = 5  # activations kept for the backward pass, in outputs of the widest layer
@@ -33,6 +34,7 @@ class DM(ImageMethod):
     default_steps: ClassVar[int] = 20_000
     section_name: ClassVar[str] = "dm"
     both_tails: ClassVar[bool] = True
+    forward_mode: ForwardMode
 
     def __init__(self, context: MethodContext) -> None:
         options, spec = context.config.distill.dm, context.spec
@@ -56,20 +58,24 @@ class DM(ImageMethod):
         context, spec = self.context, self.context.spec
         most = max(min(self.real_batch, real.count(label)) for label in context.labels)
         most = context.workers.all_reduce_max(most)  # so that any number of workers compiles, or none does
-        work = spec.activation_bytes((most + TRAINING_PASSES * self.ipc) * spec.classes * context.steps)
-        compiled = will_compile("auto", work)
+        visits, precision = spec.classes * context.steps, context.config.distill.precision
+        on_gpu = context.device.type != "cpu"
+        self.forward_mode = ForwardMode(
+            spec, "auto", precision, on_gpu, trained=visits * self.ipc, passed=visits * most, processes=USUAL_WORKERS
+        )
         group = min(self.group_size, len(context.labels))
         self.real_part, self.syn_part = (_even_parts(group * n, self.at_once) for n in (most, self.ipc))
-        self.layout = spec.memory_format("match", context.device, compiled)
+        self.layout = spec.memory_format("match", context.device, self.forward_mode.compiled)
         self.layout.network(self.net)
-        precision = used(context.config.distill.precision, context.device.type != "cpu", compiled)
+        self.embed_real = self.forward_mode.compile(self._embed_real)
+        self.embed_syn = self.forward_mode.compile(self._embed_syn)
 
-        def embed_real(images: Tensor) -> Tensor:
-            with autocast(precision, context.device):
-                return self.embed(images).float()
+    def _embed_real(self, images: Tensor, precision: Precision) -> Tensor:
+        with autocast(precision, self.context.device):
+            return self.embed(images).float()
 
-        self.embed_real = maybe_compile(embed_real, "auto", work)
-        self.embed_syn = maybe_compile(self.embed, "auto", work)
+    def _embed_syn(self, images: Tensor, precision: Precision) -> Tensor:
+        return self.embed(images)  # derivatives in the images need float32
 
     def draws(self, step: int) -> Iterator[DrawRequest]:
         for first in range(0, len(self.context.labels), self.group_size):
@@ -89,7 +95,7 @@ class DM(ImageMethod):
             params = [of_class[c] for c in labels]
             syn = self.images.detach()[first : first + self.group_size].requires_grad_(True)
             seen = apply_each(params, syn.flatten(0, 1), [self.ipc] * len(labels))
-            features = in_parts(self.embed_syn, self.layout.images(seen), self.syn_part)
+            features = in_parts(self.embed_syn, self.layout.images(seen), self.syn_part, self.forward_mode.compiled)
             mean_syn = features.view(len(labels), self.ipc, -1).mean(1)  # classes x features
             mean_real, counts = self._real_means(syn.detach(), labels, params, i)
             group_losses = (mean_real - mean_syn).square().sum(1)
@@ -113,13 +119,18 @@ class DM(ImageMethod):
         real, rated = self.augmented_batches(batches, params, step)
         counts = [len(x) for x in real]
         with torch.no_grad():
-            features = in_parts(self.embed_real, self.layout.images(torch.cat(real)), self.real_part)
+            images = self.layout.images(torch.cat(real))
+            features = in_parts(self.embed_real, images, self.real_part, self.forward_mode.compiled)
         owner = np.repeat(np.arange(len(labels)), counts)
+
+        finite = features.isfinite().all(1, keepdim=True)
+        numbers = torch.where(finite, features, 0)  # 0 x inf would carry it into the means of other classes
 
         def means(shares: list[np.ndarray[Any, Any]]) -> Tensor:
             weights = np.zeros((len(labels), len(features)), np.float32)
             weights[owner, np.arange(len(owner))] = np.concatenate([own / own.sum() for own in shares])
-            return torch.from_numpy(weights).to(features.device, non_blocking=True) @ features
+            matrix = torch.from_numpy(weights).to(features.device, non_blocking=True)
+            return torch.where(matrix @ (~finite).float() > 0, torch.nan, matrix @ numbers)
 
         @cache
         def distances() -> tuple[Tensor, ...]:  # read from the device at one time

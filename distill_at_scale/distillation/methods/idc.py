@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.rng import generator
@@ -25,7 +25,7 @@ from distill_at_scale.distillation.methods.shared.gradient_distance import (
     gradient_in_parts,
     squared_distance,
 )
-from distill_at_scale.distillation.methods.shared.gradient_matching import MatchingMethod, View, repeated_draw
+from distill_at_scale.distillation.methods.shared.gradient_matching import MatchingMethod, repeated_draw
 from distill_at_scale.distillation.multi_formation import assemble_parts, split_parts
 from distill_at_scale.distillation.student import TrainingProtocol
 
@@ -58,10 +58,6 @@ class IDC(MatchingMethod):
     @property
     def images_shown(self) -> int:
         return min(self.ipc * self.formation, self.options.synthetic_batch)
-
-    def view(self, params: AugmentParams, step: int, outer: int, label: int) -> View:
-        chosen = self._chosen(step, outer, label)
-        return lambda images: params.apply(split_parts(images, self.options.factor)[chosen.to(images.device)])
 
     def shown(
         self, syn: Tensor, labels: Sequence[int], params: Sequence[AugmentParams], step: int, outer: int
@@ -116,18 +112,21 @@ class IDC(MatchingMethod):
     def step(self, i: int) -> dict[str, float]:
         """Algorithm 1 of the paper for one random network."""
         options = self.options
-        net = self.new_network(i)
+        self.new_network(i)
         optimizer = torch.optim.SGD(
-            net.parameters(), options.network_lr, options.network_momentum, weight_decay=options.network_weight_decay
+            self.net.parameters(),
+            options.network_lr,
+            options.network_momentum,
+            weight_decay=options.network_weight_decay,
         )
         with torch.no_grad():
             self.images.copy_(self.images.clamp(self.darkest, self.brightest))
         total = 0.0
         for inner in range(options.inner):
-            self.set_batch_norm_statistics(net, i, inner)
-            total += self.match(net, i, inner, i * options.inner + inner)
+            self.set_batch_norm_statistics(i, inner)
+            total += self.match(i, inner, i * options.inner + inner)
             if inner < options.inner - 1:
-                self._train_network(net, optimizer, i, inner)
+                self._train_network(optimizer, i, inner)
         self.raise_if_diverged()
         return self.metrics(total, options.inner)
 
@@ -137,10 +136,10 @@ class IDC(MatchingMethod):
         self.images.grad.mul_(self.pixel_range.square())
         return super().update(losses, step)
 
-    def _train_network(self, net: nn.Module, optimizer: torch.optim.Optimizer, step: int, inner: int) -> None:
+    def _train_network(self, optimizer: torch.optim.Optimizer, step: int, inner: int) -> None:
         """Train the network on `network_samples` real samples of all classes, each worker on its part of each batch."""
         images, labels = self._network_samples(step, inner)
-        workers, parameters = self.context.workers, list(net.parameters())
+        workers, parameters = self.context.workers, list(self.net.parameters())
         for number, rows in enumerate(torch.arange(len(labels)).split(self.options.network_batch)):
             rng = generator(self.context.seed, "network augmentation", step, inner, number)
             seen, targets = self._augmented(images[rows.to(images.device)], labels[rows], rng)

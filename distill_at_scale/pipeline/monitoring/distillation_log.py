@@ -40,6 +40,8 @@ class DistillationLog:
             else:
                 self.start_seconds = round(line["at"] - self.opened, 3)
             self.say(f"  {line['held']}")
+            if "mode" in line:
+                self.say(f"  steps: {line['mode']}")
             self.workers = [(host, pid) for host, pid in line["workers"]]
             self.since = self.until = line["at"]
             self.step = line["step"]

@@ -33,14 +33,14 @@ from distill_at_scale.distillation import engine
 from distill_at_scale.distillation.engine import Distillation, DistillPaths
 from distill_at_scale.distillation.evaluate import EvaluationJob, Evaluator
 from distill_at_scale.distillation.methods.shared import patch_ranking
-from distill_at_scale.models.spec import NetworkSpec, will_compile
+from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pipeline.executors import helpers
 from distill_at_scale.pipeline.executors.base import Result, Task, Unit, Worker
 from distill_at_scale.pipeline.executors.tasks import threads
 from distill_at_scale.pipeline.planning.memory import peak
 from distill_at_scale.pruning.criteria.factory import build_criteria, needed_epochs
 from distill_at_scale.pruning.proxies import train as proxy
-from distill_at_scale.pruning.scoring.scorer import Scorer, score_part_path
+from distill_at_scale.pruning.scoring.scorer import Scorer, forward_mode, score_part_path
 
 SECONDS = 3.0  # of steady state per measurement
 LEAST, MOST = 3, 500  # units of steady state
@@ -165,8 +165,9 @@ class DryRun(Worker):
         spec = proxy.network_spec(score, data.shape, len(data.class_names), data.kind)
         trials, epochs = score.checkpoint_counts
         needed = needed_epochs(build_criteria(score).values(), epochs)
-        compiled = will_compile(score.compile, spec.activation_bytes(samples * trials * len(needed)))
-        update: dict[str, Any] = {"compile": "always" if compiled else "never"}
+        passes, on_gpu = samples * trials * len(needed), self.device.type == "cuda"
+        mode = forward_mode(spec, score, passes, on_gpu)
+        update: dict[str, Any] = {"compile": "always" if mode.compiled else "never"}
         if score.weights is None:
             weights = {f"weight.{key}": value for key, value in spec.build(0).state_dict().items()}
             for epoch in needed:

@@ -91,6 +91,7 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
         _train_proxies(context, data, checkpoints)
     trained = time.perf_counter()
     finished = sum(chunk.rows for chunk, path in zip(chunks, paths, strict=True) if path.exists())
+    display.say(f"  {scorer.describe(data, config)}")
     executor = context.executor
     with display.meter("score", sum(chunk.rows for chunk in chunks), "samples", finished) as meter:
         tasks.score(executor, config, data.folder, checkpoints, chunks, parts, meter.advance)

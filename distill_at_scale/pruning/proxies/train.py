@@ -24,18 +24,13 @@ from distill_at_scale.core.progress import Progressed, noted
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import normalization_of
 from distill_at_scale.models import precision
-from distill_at_scale.models.spec import (
-    TRAINING_PASSES,
-    NetworkSpec,
-    compile_note,
-    maybe_compile,
-    mixes_samples,
-    will_compile,
-)
+from distill_at_scale.models.forward_mode import ForwardMode
+from distill_at_scale.models.precision import Precision
+from distill_at_scale.models.spec import NetworkSpec, mixes_samples
 from distill_at_scale.pruning.proxies.dataloader import Batch, ProxyDataLoader
 
 # of the section score: what only the training of proxies reads
-KEYS = ("preset", "trials", "epochs", "share", "shards", "batch", "lr", "momentum", "weight_decay")
+KEYS = ("trials", "epochs", "share", "shards", "batch", "lr", "momentum", "weight_decay")
 
 
 NO_LABEL = -100  # of padding
@@ -45,18 +40,17 @@ def network_spec(config: ScoreSection, shape: tuple[int, ...], classes: int, kin
     return NetworkSpec(config.network, shape, classes, config.width, config.depth, kind)
 
 
-def training_work(spec: NetworkSpec, config: ScoreSection, samples: int) -> int:
-    """The computation of one proxy, in activation bytes of forward passes."""
-    return TRAINING_PASSES * spec.activation_bytes(samples * config.epochs)
+def forward_mode(spec: NetworkSpec, config: ScoreSection, samples: int, on_gpu: bool) -> ForwardMode:
+    """How proxies are trained on `samples` samples per epoch; decided by the time of one proxy."""
+    return ForwardMode(spec, config.compile, config.precision, on_gpu, trained=samples * config.epochs)
 
 
 def describe(prepared: PreparedDataset, config: Config) -> str:
     """How proxies are trained, for the user."""
     score = config.score
     spec = network_spec(score, prepared.shape, len(prepared.class_names), prepared.kind)
-    work = training_work(spec, score, loader(prepared, score, config.run.seed).samples)
-    used = precision.used(score.precision, precision.on_gpu(config), will_compile(score.compile, work))
-    return f"proxies: {used}, {compile_note(score.compile, work)}"
+    samples = loader(prepared, score, config.run.seed).samples
+    return f"proxies: {forward_mode(spec, score, samples, precision.on_gpu(config)).note}"
 
 
 def finished_epochs(config: ScoreSection, folder: Path) -> int:
@@ -135,15 +129,13 @@ class ProxyTrial:
         self.normalization = normalization_of(prepared, whitened=False)
         self.loader = loader(prepared, config, seed)
         self.network = self.spec.build(rng.derive(seed, "proxy", trial)).to(device)
-        work = training_work(self.spec, config, self.loader.samples)
-        self.compiled = will_compile(config.compile, work)
-        self.precision = precision.used(config.precision, device.type == "cuda", self.compiled)
-        self.memory_format = self.spec.memory_format("train", device, self.compiled)
+        self.mode = forward_mode(self.spec, config, self.loader.samples, device.type == "cuda")
+        self.memory_format = self.spec.memory_format("train", device, self.mode.compiled)
         self.memory_format.network(self.network)
         self.parameters = list(self.network.parameters())
         self.optimizer = torch.optim.SGD(self.parameters, config.lr, config.momentum, weight_decay=config.weight_decay)
         self.mixes = mixes_samples(self.network)
-        self.forward = maybe_compile(self._logits, config.compile, work)
+        self.forward = self.mode.compile(self._logits)
         # Each thread takes whole shards, as operations of one shard are too short to share; with batch norm they follow one
         # another in this thread.
         self.threads = ShardThreads(1 if device.type == "cuda" or self.mixes else torch.get_num_threads())
@@ -210,7 +202,7 @@ class ProxyTrial:
         padded ones of one size, which follows from the `largest` batch."""
         images, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
         size = len(images) if self.mixes else min(largest, self.spec.microbatch(self.device))
-        if self.compiled and (missing := -len(images) % size):
+        if self.mode.compiled and (missing := -len(images) % size):
             images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
             labels = F.pad(labels, (0, missing), value=NO_LABEL)
         gradient = torch.zeros(sum(p.numel() for p in self.parameters), device=self.device)
@@ -233,9 +225,9 @@ class ProxyTrial:
                     self.optimizer.state[parameter]["momentum_buffer"] = saved[f"momentum.{i}"].to(parameter.device)
         return done
 
-    def _logits(self, pixels: Tensor) -> Tensor:
+    def _logits(self, pixels: Tensor, used: Precision) -> Tensor:
         images = self.memory_format.images(self.normalization.apply(pixels))
-        with precision.autocast(self.precision, self.device):
+        with precision.autocast(used, self.device):
             return self.network(images).float()
 
 

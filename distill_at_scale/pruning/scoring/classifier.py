@@ -5,7 +5,7 @@ Features are the input of the last linear layer, from `embed` or, for networks w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from distill_at_scale.core import rng
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.models.precision import autocast
-from distill_at_scale.models.spec import MemoryFormat, NetworkSpec, in_parts, maybe_compile
+from distill_at_scale.models.forward_mode import ForwardMode
+from distill_at_scale.models.precision import Precision, autocast
+from distill_at_scale.models.spec import MemoryFormat, NetworkSpec, in_parts, last_linear
 from distill_at_scale.pruning.scoring.gradient_norms import GradientNorms
 
 
@@ -25,27 +26,27 @@ class Classifier(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, spec: NetworkSpec, precision: str, device: torch.device, memory_format: MemoryFormat):
+    def __init__(self, spec: NetworkSpec, device: torch.device, memory_format: MemoryFormat):
         super().__init__()
-        self.precision, self.device, self.spec, self.memory_format = precision, device, spec, memory_format
+        self.device, self.spec, self.memory_format = device, spec, memory_format
         self.network = spec.build(0)
         for name in ("mean", "std"):
             self.register_buffer(name, torch.zeros(spec.channel_shape))
         self.to(device).eval().requires_grad_(False)
         memory_format.network(self.network)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, precision: Precision = "fp32") -> Tensor:
         images = self.normalized(pixels)
-        with autocast(self.precision, self.device):
+        with autocast(precision, self.device):
             return self.network(self.memory_format.images(images)).float()
 
     def normalized(self, pixels: Tensor) -> Tensor:
         return ((pixels.float() if self.spec.tensors else pixels.float() / 255) - self.mean) / self.std
 
-    def with_features(self, pixels: Tensor) -> Tensor:
+    def with_features(self, pixels: Tensor, precision: Precision = "fp32") -> Tensor:
         """Logits followed by features: float32 [n, classes + features]."""
         images: Tensor = self.memory_format.images(self.normalized(pixels))
-        with autocast(self.precision, self.device):
+        with autocast(precision, self.device):
             if has_embedding(self.network):
                 features = self.network.embed(images)  # type: ignore[operator]
                 logits = self.network.classifier(features)  # type: ignore[operator]
@@ -68,12 +69,6 @@ def has_embedding(network: nn.Module) -> bool:
     return callable(getattr(network, "embed", None)) and isinstance(getattr(network, "classifier", None), nn.Linear)
 
 
-def last_linear(network: nn.Module) -> nn.Linear | None:
-    """The last nn.Linear without submodules."""
-    linear = [m for m in network.modules() if isinstance(m, nn.Linear) and not any(True for _ in m.children())]
-    return linear[-1] if linear else None
-
-
 def check_features(spec: NetworkSpec) -> None:
     """Raises UserError if the network has no features that a criterion could use."""
     network = spec.skeleton()
@@ -91,12 +86,10 @@ def _no_features(spec: NetworkSpec) -> str:
 class CompiledClassifier:
     """A classifier with compiled forward passes, into which checkpoints are loaded one after the other."""
 
-    def __init__(self, classifier: Classifier, choice: str, microbatch: int, work: int):
-        """`choice` is score.compile, `work` the bytes of NetworkSpec.activation_bytes."""
+    def __init__(self, classifier: Classifier, mode: ForwardMode, microbatch: int):
         self.classifier, self.microbatch, network = classifier, microbatch, classifier.network
-        self.forward = maybe_compile(classifier, choice, work)
-        choice = choice if has_embedding(network) else "never"
-        self.with_features: Callable[[Tensor], Tensor] = maybe_compile(classifier.with_features, choice, work)
+        self.forward = mode.compile(classifier.forward)
+        self.with_features = (mode.compile if has_embedding(network) else mode.eager)(classifier.with_features)
         self.gradient_norms = GradientNorms(classifier.spec, network)
 
     def load(self, state: Any, mean: Tensor, std: Tensor) -> None:

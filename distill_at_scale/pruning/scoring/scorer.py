@@ -30,7 +30,8 @@ from distill_at_scale.core.prefetch import prefetch
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import Chunk
 from distill_at_scale.models import precision, pretrained
-from distill_at_scale.models.spec import will_compile
+from distill_at_scale.models.forward_mode import ForwardMode
+from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pruning.criteria import factory
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.pruning.scoring.classifier import (
@@ -64,6 +65,21 @@ def check(config: Config, prepared: PreparedDataset) -> None:
         check_features(proxy.network_spec(config.score, prepared.shape, len(prepared.class_names), prepared.kind))
 
 
+def forward_mode(spec: NetworkSpec, score: ScoreSection, passes: int, on_gpu: bool) -> ForwardMode:
+    """How samples pass the checkpoints; `passes` is samples times checkpoints."""
+    return ForwardMode(spec, score.compile, score.precision, on_gpu, passed=passes)
+
+
+def describe(prepared: PreparedDataset, config: Config) -> str:
+    """How samples are scored, for the user."""
+    score = config.score
+    trials, epochs = score.checkpoint_counts
+    checkpoints = trials * len(factory.needed_epochs(factory.build_criteria(score).values(), epochs))
+    spec = proxy.network_spec(score, prepared.shape, len(prepared.class_names), prepared.kind)
+    mode = forward_mode(spec, score, sum(prepared.counts()) * checkpoints, precision.on_gpu(config))
+    return f"scoring: {mode.note}"
+
+
 def score_part_path(folder: Path, chunk: Chunk) -> Path:
     return folder / f"chunk-{chunk.index:06d}.parquet"
 
@@ -84,14 +100,13 @@ class Scorer:
         self.spec = proxy.network_spec(score, self.prepared.shape, len(self.prepared.class_names), self.prepared.kind)
         self.microbatch = self.spec.microbatch(device)
         self.checkpoints = list(self._load(score, checkpoints, factory.needed_epochs(self.criteria.values(), epochs)))
-        work = self.spec.activation_bytes(sum(self.prepared.counts()) * len(self.checkpoints))
-        compiled = will_compile(score.compile, work)
-        self.memory_format = self.spec.memory_format("score", device, compiled)
-        used = precision.used(score.precision, device.type == "cuda", compiled)
+        passes = sum(self.prepared.counts()) * len(self.checkpoints)
+        mode = forward_mode(self.spec, score, passes, device.type == "cuda")
+        self.memory_format = self.spec.memory_format("score", device, mode.compiled)
         self.classifiers: dict[int, CompiledClassifier] = {}
         for outputs in {checkpoint.outputs for checkpoint in self.checkpoints}:
-            classifier = Classifier(replace(self.spec, classes=outputs), used, device, self.memory_format)
-            self.classifiers[outputs] = CompiledClassifier(classifier, score.compile, self.microbatch, work)
+            classifier = Classifier(replace(self.spec, classes=outputs), device, self.memory_format)
+            self.classifiers[outputs] = CompiledClassifier(classifier, mode, self.microbatch)
         # on a GPU its share of the machine's cores; on a CPU a scorer has one core for everything
         gpus = torch.cuda.device_count() if device.type == "cuda" else 0
         self.decoding_threads = max(1, (os.cpu_count() or 1) // gpus) if gpus else 1

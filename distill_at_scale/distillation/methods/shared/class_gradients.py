@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from distill_at_scale.distillation.methods.shared.gradient_distance import matched_parameters, real_gradient
+from distill_at_scale.models.spec import Float32Linear
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -127,7 +128,7 @@ def is_plain(module: nn.Module) -> bool:
 
 def matched_layers(network: nn.Module) -> list[nn.Module]:
     """The layers whose weights are the matched parameters, in their order."""
-    types = (*CONVOLUTIONS, nn.Linear)  # not their subclasses, which may compute something else
+    types = (*CONVOLUTIONS, nn.Linear, Float32Linear)  # not their other subclasses, which may compute something else
     owners = {id(m.weight): m for m in network.modules() if type(m) in types and is_plain(m)}
     parameters = matched_parameters(network)
     if any(id(p) not in owners for p in parameters):

@@ -43,11 +43,6 @@ def absolute_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Te
     return torch.stack([torch.abs(a - b).flatten(1).sum(1) for a, b in pairs[:-1] or pairs]).sum(0)
 
 
-def of_single_class(distance: GradientDistance) -> GradientDistance:
-    """The distance between the gradients of one class [*parameter], a scalar."""
-    return lambda real, synthetic: distance([a[None] for a in real], [b[None] for b in synthetic])[0]
-
-
 def synthetic_gradient(network: nn.Module, images: Tensor, label: int) -> list[Tensor]:
     """The matched gradients of one class's images [n, *shape], differentiable in the images."""
     loss = F.cross_entropy(network(images), torch.full((len(images),), label, device=images.device))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from typing import ClassVar
 
@@ -27,7 +27,7 @@ from distill_at_scale.core.rng import derive, generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.data.sampling.lookahead import DrawRequest
 from distill_at_scale.distillation.augment import Augmentation, AugmentParams, apply_each
-from distill_at_scale.distillation.methods.base import ImageMethod, MethodContext
+from distill_at_scale.distillation.methods.base import USUAL_WORKERS, ImageMethod, MethodContext
 from distill_at_scale.distillation.methods.shared.class_gradients import class_gradients, supports_class_gradients
 from distill_at_scale.distillation.methods.shared.gradient_distance import (
     GradientDistance,
@@ -36,8 +36,9 @@ from distill_at_scale.distillation.methods.shared.gradient_distance import (
     synthetic_gradient,
 )
 from distill_at_scale.distillation.methods.shared.treatment_effect import SampleGradients, gradient_effects
-from distill_at_scale.models.precision import autocast, used
-from distill_at_scale.models.spec import TRAINING_PASSES, maybe_compile, mixes_samples, will_compile
+from distill_at_scale.models.forward_mode import ForwardMode
+from distill_at_scale.models.precision import Precision, autocast
+from distill_at_scale.models.spec import mixes_samples
 
 MEMORY = {"cpu": 2**30, "cuda": 2**32}  # bytes that a group of classes may take
 FIRST_ORDER, SECOND_ORDER = 12, 40  # bytes of an image's graph, per byte of its widest layer
@@ -45,14 +46,12 @@ COPIES = 4  # of a real batch at one time: drawn, augmented, concatenated with t
 CPU_IMAGES = 2  # images per class up to which it pays on a CPU to match classes together
 NORM_BATCH, NORM_PER_CLASS = 256, 16  # real images that set batch norm's statistics: in total, and per class
 
-View = Callable[[Tensor], Tensor]  # stored images of a class [ipc, *shape] -> what the network sees [m, *shape]
-
 
 class MatchingMethod(ImageMethod):
     """Base class of methods that match gradients: `match` is one update of the images.
 
     A subclass calls, within `step`, `new_network`, then `set_batch_norm_statistics` and `match` for each of its updates, then
-    `raise_if_diverged`, and returns `metrics`. It may override `view` and `images_shown`, which say what the network sees
+    `raise_if_diverged`, and returns `metrics`. It may override `shown` and `images_shown`, which say what the network sees
     of the stored images, and `effect_distance`.
 
     Attributes:
@@ -62,11 +61,13 @@ class MatchingMethod(ImageMethod):
         effect_distance: the distance that the effects of real samples (runtime rule `ite`) are computed by; it must have a
             second derivative. By default `distance`.
         at_once: images per forward pass where no group of classes is computed together.
-        compiled: whether `forward` is compiled. Set by `prepare`.
+        net: the network of the current step. Set by `prepare` and `new_network`.
+        forward_mode: whether `forward` is compiled, and in which precision. Set by `prepare`.
         part: images per call of `forward`, at most. Set by `prepare`.
     """
 
     batch_norm: ClassVar[str] = "any"
+    forward_mode: ForwardMode
 
     def __init__(
         self, context: MethodContext, init: str, lr: float, momentum: float, augment: str, real_batch: int,
@@ -99,47 +100,49 @@ class MatchingMethod(ImageMethod):
         context, spec = self.context, self.context.spec
         largest = max(min(self.real_batch, real.count(label)) for label in context.labels)
         largest = context.workers.all_reduce_max(largest)  # so that any number of workers compiles, or none does
-        work = spec.activation_bytes(TRAINING_PASSES * self.first_order_samples(largest) * context.steps)
+        trained = self.first_order_samples(largest) * context.steps
         choice = "auto" if self.on_cpu else "never"  # on a GPU not measured
-        self.compiled, self.part = will_compile(choice, work), self.first_order_images
-        if self.compiled:
+        precision = context.config.distill.precision
+        self.forward_mode = ForwardMode(
+            spec, choice, precision, not self.on_cpu, trained=trained, processes=USUAL_WORKERS
+        )
+        self.part = self.first_order_images
+        if self.forward_mode.compiled:
             self.part = -(-largest // -(-largest // self.part))  # the fewest parts, of one size
         self.net = spec.build(0).to(context.device).train()  # one module for all steps, so that it is compiled once
         for norm in batch_norms(self.net):
             norm.eval()
         # whether classes may share a pass
         self.joint = supports_class_gradients(self.net, spec.shape, spec.classes, context.device)
-        self.precision = used(context.config.distill.precision, not self.on_cpu, self.compiled)
-        self.logits = maybe_compile(self._logits, choice, work)
+        self.logits = self.forward_mode.compile(self._logits)
 
-    def _logits(self, images: Tensor) -> Tensor:
-        with autocast(self.precision, self.context.device):
+    def _logits(self, images: Tensor, precision: Precision) -> Tensor:
+        with autocast(precision, self.context.device):
             return self.net(images).float()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of at most `part` images under the current network, for first derivatives."""
-        missing = self.part - len(images) if self.compiled else 0  # compiled code wants one shape
+        missing = self.part - len(images) if self.forward_mode.compiled else 0  # compiled code wants one shape
         padded = torch.cat([images, images[:1].expand(missing, *images.shape[1:])]) if missing else images
         return self.logits(padded)[: len(images)]
 
-    def new_network(self, step: int) -> nn.Module:
-        """The random network of a step, in training mode."""
+    def new_network(self, step: int) -> None:
+        """Make `net` the random network of a step, in training mode."""
         self.context.spec.renew(self.net, derive(self.context.seed, "network", step))
-        return self.net.train()
+        self.net.train()
 
     @property
     def images_shown(self) -> int:
         """How many images of a class the network sees in an update."""
         return self.ipc
 
-    def view(self, params: AugmentParams, step: int, outer: int, label: int) -> View:
-        """What the network sees of the stored images of a class in this update; it must be affine in the images."""
-        return params.apply
-
     def shown(
         self, syn: Tensor, labels: Sequence[int], params: Sequence[AugmentParams], step: int, outer: int
     ) -> Tensor:
-        """The views of several classes [classes, ipc, *shape], one after the other, in one call."""
+        """What the network sees in this update of the stored images [classes, ipc, *shape] of `labels`, class by class.
+
+        It must be affine in the images.
+        """
         return apply_each(params, syn.flatten(0, 1), [self.ipc] * len(labels))
 
     def matching_draws(self, step: int, outer: int) -> Iterator[DrawRequest]:
@@ -159,7 +162,7 @@ class MatchingMethod(ImageMethod):
         limit = min(self.second_order_images, self.first_order_images) if self.on_cpu else self.second_order_images
         return min(self.real_batches_in_memory, self._classes_per_pass(self.images_shown, limit))
 
-    def match(self, net: nn.Module, step: int, outer: int, update: int) -> float:
+    def match(self, step: int, outer: int, update: int) -> float:
         """One update of the images along the gradient of sum_c D(g_real_c, g_syn_c) (DC, Algorithm 1).
 
         `step` and `outer` seed the real batches and the augmentation; `update` counts the updates over all steps, for runtime
@@ -174,10 +177,10 @@ class MatchingMethod(ImageMethod):
             labels = self.context.labels[first : first + size]
             params = [of_class[label] for label in labels]
             syn = self.images.detach()[first : first + size].requires_grad_(True)
-            batch_real, known = self._real_batches(net, syn.detach(), labels, params, (step, outer, update))
-            grad_real = self._real_gradients(net, batch_real, labels, known)
+            batch_real, known = self._real_batches(syn.detach(), labels, params, (step, outer, update))
+            grad_real = self._real_gradients(batch_real, labels, known)
             seen = self.shown(syn, labels, params, step, outer)
-            group_distances, grad_seen = self._distances(net, seen, labels, grad_real)
+            group_distances, grad_seen = self._distances(seen, labels, grad_real)
             self.images.grad[first : first + size] = torch.autograd.grad(seen, syn, grad_seen)[0]
             distances += group_distances
         return sum(self.update(distances, step))
@@ -194,7 +197,7 @@ class MatchingMethod(ImageMethod):
         return max(1, limit // images_per_class)
 
     def _real_batches(
-        self, net: nn.Module, syn: Tensor, labels: Sequence[int], params: Sequence[AugmentParams],
+        self, syn: Tensor, labels: Sequence[int], params: Sequence[AugmentParams],
         when: tuple[int, int, int],
     ) -> tuple[list[Tensor], dict[int, list[Tensor]]]:  # fmt: skip
         """The augmented real batch of each class after runtime pruning; `syn` are the classes' stored images.
@@ -210,15 +213,18 @@ class MatchingMethod(ImageMethod):
             counts = [len(images[k]) for k in rated]
             targets = torch.tensor([labels[k] for k in rated]).repeat_interleave(torch.tensor(counts))
             together = torch.cat([images[k] for k in rated])
-            each = sample_losses(net, together, targets.to(together.device), self.at_once).split(counts)
+            each = sample_losses(self.net, together, targets.to(together.device), self.at_once).split(counts)
             return dict(zip(rated, each, strict=True))
 
         known: dict[int, list[Tensor]] = {}
 
         def effects(k: int) -> Tensor:
             rng = generator(self.context.seed, "probes", step, outer, labels[k])
-            view = self.view(params[k], step, outer, labels[k])
-            sample_gradients = SampleGradients(net, labels[k], self.at_once, self.joint)
+            sample_gradients = SampleGradients(self.net, labels[k], self.at_once, self.joint)
+
+            def view(stored: Tensor) -> Tensor:
+                return self.shown(stored[None], labels[k : k + 1], params[k : k + 1], step, outer)
+
             values, known[k] = gradient_effects(
                 sample_gradients, images[k], syn[k], view, self.effect_distance, self.pruning.probes, rng
             )
@@ -228,36 +234,34 @@ class MatchingMethod(ImageMethod):
             kept = self.kept_mask(batches[k], partial(lambda k: losses()[k], k), partial(effects, k))
             kept = kept.to(images[k].device)
             if k in known:
-                known[k] = self._gradient_of_kept(net, images[k], labels[k], kept, known[k])
+                known[k] = self._gradient_of_kept(images[k], labels[k], kept, known[k])
             images[k] = images[k][kept]
         self.used += sum(map(len, images))
         self.drawn += sum(len(batch.rows) for batch in batches)
         return images, known
 
-    def _gradient_of_kept(
-        self, net: nn.Module, images: Tensor, label: int, kept: Tensor, whole: list[Tensor]
-    ) -> list[Tensor]:
+    def _gradient_of_kept(self, images: Tensor, label: int, kept: Tensor, whole: list[Tensor]) -> list[Tensor]:
         """The gradient of a batch's kept samples; `whole` is that of all, from which that of few others is taken away."""
         dropped = 1 - float(kept.float().mean())
         if dropped > 0.5:
-            return real_gradient(net, images[kept], label, self.part, self.forward)
+            return real_gradient(self.net, images[kept], label, self.part, self.forward)
         if not dropped:
             return whole
-        others = real_gradient(net, images[~kept], label, self.part, self.forward)
+        others = real_gradient(self.net, images[~kept], label, self.part, self.forward)
         return [(g - dropped * other) / (1 - dropped) for g, other in zip(whole, others, strict=True)]
 
     def _real_gradients(
-        self, net: nn.Module, images: Sequence[Tensor], labels: Sequence[int], known: dict[int, list[Tensor]]
+        self, images: Sequence[Tensor], labels: Sequence[int], known: dict[int, list[Tensor]]
     ) -> list[Tensor]:
         """Per matched parameter the gradients of the classes' real batches [classes, *parameter], some of them known."""
         size = self._classes_per_pass(max(len(x) for x in images), self.first_order_images)
-        if self.compiled or known:
+        if self.forward_mode.compiled or known:
             size = 1  # compiled code is twice as fast as classes together; known are those of all classes that drop samples
         parts = []
         for first in range(0, len(labels), size):
             some, own = images[first : first + size], labels[first : first + size]
             if len(own) == 1:
-                single = known.get(first) or real_gradient(net, some[0], own[0], self.part, self.forward)
+                single = known.get(first) or real_gradient(self.net, some[0], own[0], self.part, self.forward)
                 parts.append([g[None] for g in single])
                 continue
             # batches of any size, padded to the largest with copies of weight zero
@@ -269,51 +273,49 @@ class MatchingMethod(ImageMethod):
                 rows = counts.cumsum(0) - counts + places * inside
                 padded = padded[rows.flatten().to(padded.device, non_blocking=True)]
             weights = weights.to(padded.device, non_blocking=True)
-            with autocast(self.precision, self.context.device):
-                parts.append(class_gradients(net, padded, own, weights))
+            with autocast(self.forward_mode.eager_precision, self.context.device):
+                parts.append(class_gradients(self.net, padded, own, weights))
         return [torch.cat(gradients) for gradients in zip(*parts, strict=True)]
 
-    def _distances(
-        self, net: nn.Module, seen: Tensor, labels: Sequence[int], grad_real: list[Tensor]
-    ) -> tuple[list[Tensor], Tensor]:
+    def _distances(self, seen: Tensor, labels: Sequence[int], grad_real: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """The distance of each class, and the gradient of their sum in `seen` [classes * m, *shape]."""
         leaf = seen.detach().requires_grad_(True)
         if len(labels) == 1 and len(leaf) > self.second_order_images:
-            distances = self._backward_in_parts(net, leaf, labels[0], grad_real)
+            distances = self._backward_in_parts(leaf, labels[0], grad_real)
         else:
             if self.joint and (len(labels) > 1 or self.on_cpu):  # on a CPU also 10 % faster for one class
                 weights = leaf.new_full((len(leaf),), len(labels) / len(leaf))
-                grad_syn = class_gradients(net, leaf, labels, weights, differentiable=True)
+                grad_syn = class_gradients(self.net, leaf, labels, weights, differentiable=True)
             else:
-                grad_syn = [g[None] for g in synthetic_gradient(net, leaf, labels[0])]
+                grad_syn = [g[None] for g in synthetic_gradient(self.net, leaf, labels[0])]
             distances = self.distance(grad_real, grad_syn)
             distances.sum().backward(inputs=[leaf])
         assert leaf.grad is not None
         return list(distances.detach()), leaf.grad
 
-    def _backward_in_parts(self, net: nn.Module, leaf: Tensor, label: int, grad_real: list[Tensor]) -> Tensor:
+    def _backward_in_parts(self, leaf: Tensor, label: int, grad_real: list[Tensor]) -> Tensor:
         """The distance [1] of one class; fills `leaf.grad` with the second-order graph of one part at a time."""
-        mean = [g.requires_grad_(True) for g in real_gradient(net, leaf.detach(), label, self.first_order_images)]
+        mean = [g.requires_grad_(True) for g in real_gradient(self.net, leaf.detach(), label, self.first_order_images)]
         distances = self.distance(grad_real, [g[None] for g in mean])
         slopes = torch.autograd.grad(distances.sum(), mean, allow_unused=True)
         for part in leaf.split(self.second_order_images):
-            pairs = zip(slopes, synthetic_gradient(net, part, label), strict=True)
+            pairs = zip(slopes, synthetic_gradient(self.net, part, label), strict=True)
             pull = torch.stack([(s * g).sum() for s, g in pairs if s is not None]).sum() * (len(part) / len(leaf))
             pull.backward(inputs=[leaf])
         return distances
 
-    def set_batch_norm_statistics(self, net: nn.Module, step: int, outer: int) -> None:
+    def set_batch_norm_statistics(self, step: int, outer: int) -> None:
         """Set batch norm's statistics from a real batch, equal in all workers, and switch it to evaluation mode."""
         if not self.mixes:
             return
-        norms = batch_norms(net)
+        norms = batch_norms(self.net)
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.train()
             norm.reset_running_stats()
             norm.momentum = None  # the statistics become those of this batch
         with torch.no_grad():
-            net(self._norm_batch(step, outer))
+            self.net(self._norm_batch(step, outer))
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
             norm.eval()

@@ -250,10 +250,10 @@ class TeacherTraining:
             images = normalization.apply(pixels[rows.to(pixels.device)].to(device))
             images = self.layout.images(self.augmentation.draw(draw, per_image=len(rows)).apply(images))
             with autocast(self.context.config.distill.precision, device):
-                logits = self.network(images)
+                logits = self.network(images).float()
             targets = labels[rows].to(device)
             self.optimizer.zero_grad()
-            F.cross_entropy(logits.float(), targets).backward()
+            F.cross_entropy(logits, targets).backward()
             self.optimizer.step()
             right += (logits.argmax(1) == targets).sum()
             seen += len(rows)

@@ -292,7 +292,8 @@ def plan_run(config: Config, display: Display) -> None:
 
     if config.select.keep == "auto" and (rate := auto_keep_rate.known_rate(config)):
         config = with_keep_rate(config, rate)
-    plan = make_pipeline(config, display).forecast()
+    cluster = config.cluster.model_copy(update={"address": ray_address(config)})
+    plan = make_pipeline(config.model_copy(update={"cluster": cluster}), display).forecast()
     display.console.print(table(config, plan))
     for line in remarks(plan):
         display.say(line)

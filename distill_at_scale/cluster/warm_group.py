@@ -13,11 +13,11 @@ from typing import Any
 
 import ray
 import torch
-import torch.distributed as dist
 
 from distill_at_scale.cluster.actor_pool import LOST, ActorPool, Say, lost_too_often
 from distill_at_scale.cluster.session import pack, root_cause
 from distill_at_scale.cluster.worker_run_dir import WorkerRunDir
+from distill_at_scale.core.collectives import joined
 from distill_at_scale.core.errors import UserError, WorkersLost
 from distill_at_scale.pipeline.executors.base import Group
 
@@ -93,13 +93,8 @@ def settings(group: Group) -> dict[str, Any]:
 def join(parts: dict[str, Any], store: str, rank: int, size: int) -> None:
     """One process of the group."""
     torch.set_num_threads(parts["threads"])
-    if size > 1:
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
-    try:
+    with joined(store, rank, size):
         work(WorkerRunDir(parts["packed"]), parts, rank == 0, torch.device("cpu"))
-    finally:
-        if size > 1:
-            dist.destroy_process_group()
 
 
 def work(space: WorkerRunDir, parts: dict[str, Any], first: bool, device: torch.device) -> None:

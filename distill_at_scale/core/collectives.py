@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -78,6 +80,18 @@ class ProcessGroup:
 
 
 Collectives = SingleProcess | ProcessGroup
+
+
+@contextlib.contextmanager
+def joined(store: str, rank: int, size: int) -> Iterator[None]:
+    """In the default process group of `size` processes on CPUs, which meet at `store`; one alone joins none."""
+    if size > 1:
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
 
 
 def current_workers(device: torch.device) -> Collectives:

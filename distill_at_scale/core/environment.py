@@ -1,4 +1,4 @@
-"""What a run ran on: versions, commit and hardware, for run.json, the report and the benchmarks."""
+"""What a run ran on: versions, commit and hardware, for run.json, the report, the benchmarks and `plan`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +66,44 @@ def busy_seconds() -> float | None:
         return sum(sum(each) - each[3] - each[4] for each in ticks) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, AttributeError, IndexError):
         return None
+
+
+def other_programs(seconds: float) -> float:
+    """Cores that other programs use, measured for some seconds in which this process sleeps; 0 where it is unknown."""
+    before, own, began = busy_seconds(), time.process_time(), time.monotonic()
+    time.sleep(seconds)
+    after, own = busy_seconds(), time.process_time() - own
+    return 0.0 if before is None or after is None else max(0.0, after - before - own) / (time.monotonic() - began)
+
+
+@dataclass(frozen=True)
+class Machine:
+    cores: int
+    memory: int  # bytes in total
+    gpus: int
+    gpu_memory: int  # bytes of one GPU
+    disk: int  # free bytes on one disk
+
+
+def this_machine(folder: Path) -> Machine:
+    """This machine, and the disk of an existing folder."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    gpu_bytes = torch.cuda.get_device_properties(0).total_memory if gpus else 0
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # a container may have less
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
+    return Machine(usable_cores(), memory, gpus, gpu_bytes, shutil.disk_usage(folder).free)
+
+
+def most_memory() -> int:
+    """The most bytes of memory that this process has held; 0 where it is unknown."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def gpu_memory(device: torch.device) -> dict[str, int]:

@@ -8,6 +8,7 @@ with it), `frame:NAME` (an image network on the middle frame of a clip) or `pack
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -110,6 +111,15 @@ class NetworkSpec:
         if self.clips:
             return MemoryFormat(self, fast)
         return MemoryFormat(self, use == "score" or compiled or (use == "train" and fast))
+
+    def training_seconds(self, device: torch.device) -> float:
+        """Approximate seconds of one sample forward and backward on a device."""
+        network, samples = self.build(0).to(device).train(), torch.zeros(4, *self.shape, device=device)
+        for _ in range(2):
+            began = time.perf_counter()
+            network(samples).sum().backward()
+            next(p.grad for p in network.parameters() if p.grad is not None).sum().item()  # waits for a GPU
+        return max(1e-7, (time.perf_counter() - began) / len(samples))
 
     def activation_bytes(self, samples: int) -> int:
         """Bytes of the widest layer's output for this many samples: a measure of the computation."""

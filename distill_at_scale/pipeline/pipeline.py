@@ -13,7 +13,7 @@ from typing import Any
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.atomic_files import write_json
 from distill_at_scale.core.command_line import runs_points
-from distill_at_scale.core.environment import environment
+from distill_at_scale.core.environment import environment, this_machine
 from distill_at_scale.core.errors import Damaged, OtherConfiguration, UserError
 from distill_at_scale.core.events import Event, instant
 from distill_at_scale.core.progress import Display
@@ -24,9 +24,7 @@ from distill_at_scale.distillation import engine
 from distill_at_scale.pipeline import validate
 from distill_at_scale.pipeline.executors import tasks
 from distill_at_scale.pipeline.executors.base import Executor, Report
-from distill_at_scale.pipeline.planning import facts as data_facts
-from distill_at_scale.pipeline.planning import forecast
-from distill_at_scale.pipeline.planning.machine import here
+from distill_at_scale.pipeline.planning import plan as plans
 from distill_at_scale.pipeline.planning.plan import RunPlan
 from distill_at_scale.pipeline.stages import distill, evaluate, ingest, report, score, select
 from distill_at_scale.pipeline.stages.context import MakeObservers, RunContext, no_observers
@@ -272,17 +270,17 @@ class Pipeline:
         if "ingest" in finished:
             prepared = PreparedDataset(self.dir / "prepared")
             chosen = self.dir / "manifest.parquet" if "select" in finished else None
-            facts = data_facts.of_prepared(self.config, prepared, chosen)
+            facts = validate.known(self.config, prepared, chosen)
         else:
             listing = ingest_plan.plan(self.config)
             for line in (listing.describe(), *listing.notes):
                 self.display.say(f"  {line}")
-            facts = data_facts.of_listing(self.config, listing)
+            facts = validate.planned(self.config, listing)
         validate.check_networks(self.config, facts)
         self.context.warn_of_data(facts.class_names, facts.counts, facts.tests)
         with self.display.meter("measure", len(STAGES) - 1 + facts.has_test(), "stages") as meter:
-            path, machine = self.dir / "plan.json", here(self.dir.path)
-            plan = forecast.make(
+            path, machine = self.dir / "plan.json", this_machine(self.dir.path)
+            plan = plans.make(
                 self.config, facts, machine, path, finished, lambda name: meter.advance(1, name), prepared
             )
         self.dir.keep(path.name)

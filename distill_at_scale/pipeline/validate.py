@@ -27,6 +27,7 @@ from distill_at_scale.data.ingest.chunks import stores_jpeg
 from distill_at_scale.data.ingest.merge import unused
 from distill_at_scale.data.ingest.reasons import kinds_of
 from distill_at_scale.data.ingest.sample_types import sample_shape
+from distill_at_scale.data.prepared import manifest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import JPEG_RATIO
 from distill_at_scale.data.prepared.normalization import normalization_of
@@ -41,7 +42,7 @@ from distill_at_scale.pruning.criteria import CRITERIA
 from distill_at_scale.pruning.criteria.factory import MONTE_CARLO, build_criteria, column_of
 from distill_at_scale.pruning.proxies.train import network_spec
 from distill_at_scale.pruning.scoring import imported
-from distill_at_scale.pruning.selection import ranking
+from distill_at_scale.pruning.selection import quotas, ranking
 
 MAX_JPEG_HEIGHT = 65_500  # pixels; the frames of a clip are stacked in one JPEG
 MAX_REASONS = 12  # kinds of reason that are counted in a summary
@@ -49,33 +50,69 @@ MAX_REASONS = 12  # kinds of reason that are counted in a summary
 
 @dataclass(frozen=True)
 class PlannedDataset:
-    """What the prepared data will be."""
+    """What the prepared data will be, or are, and what is kept of them."""
 
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of one sample
     class_names: list[str]
     source_class_names: list[str]
     counts: list[int]  # training samples per class
     tests: int  # test samples
-    kind: str | None = None
+    kind: str  # images, clips or tensors
+    kept: list[int]  # samples per class after selection
+    jpeg: bool = False  # whether samples are stored as JPEG
+    listing: ingest.IngestPlan | None = None  # None if ingest is done
 
     def has_test(self) -> bool:
         return self.tests > 0
 
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def train(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def samples(self) -> int:
+        return self.train + self.tests
+
+    @property
+    def values(self) -> int:
+        """Numbers in one sample."""
+        return math.prod(self.shape)
+
+    @property
+    def held(self) -> int:
+        """Bytes of a sample in memory, in its stored data type."""
+        return self.values * (4 if self.kind == "tensors" else 1)
+
+    @property
+    def stored(self) -> int:
+        """Approximate bytes of a prepared sample on disk."""
+        return max(1, int(self.held * (JPEG_RATIO if self.jpeg else 1)))
+
 
 def planned(config: Config, plan: ingest.IngestPlan) -> PlannedDataset:
-    """Where data.transform selects classes by variance, which is not known yet, the largest classes are assumed. Raises
-    UserError where data.transform needs more classes than there are.
+    """From a listing; broken samples are not known yet. Where data.transform selects classes by variance, the largest classes
+    are assumed. Raises UserError where data.transform needs more classes than there are.
     """
-    counts = plan.counts["train"].tolist()
-    derived = derived_splits.derived_counts(config.data, counts, config.run.seed)
-    return PlannedDataset(
-        sample_shape(config.data),
-        [plan.class_names[label] for label in derived.classes],
-        plan.source_class_names,
-        derived.counts,
-        plan.listings["test"].num_rows if "test" in plan.listings else 0,
-        "tensors" if sample_types.holds_tensors(config.data) else None,
-    )
+    derived = derived_splits.derived_counts(config.data, plan.counts["train"].tolist(), config.run.seed)
+    names, shape = [plan.class_names[label] for label in derived.classes], sample_shape(config.data)
+    tests = plan.listings["test"].num_rows * len(names) // len(plan.class_names) if "test" in plan.listings else 0
+    kind = "tensors" if sample_types.holds_tensors(config.data) else "clips" if len(shape) == 4 else "images"
+    kept = quotas.expected(config.select, config.min_per_class, derived.counts)
+    sizes = shape, names, plan.source_class_names, derived.counts, tests, kind, kept
+    return PlannedDataset(*sizes, stores_jpeg(config.data), plan)
+
+
+def known(config: Config, prepared: PreparedDataset, manifest_path: Path | None) -> PlannedDataset:
+    """From finished stages; `manifest_path` is None before selection."""
+    counts, names = prepared.counts("train"), (prepared.class_names, prepared.source_class_names)
+    kept = quotas.expected(config.select, config.min_per_class, counts)
+    kept = manifest.facts(manifest_path)["kept_per_class"] if manifest_path else kept
+    tests, jpeg = sum(prepared.counts("test")), bool(prepared.meta.get("jpeg"))
+    return PlannedDataset(prepared.shape, *names, counts, tests, prepared.kind, kept, jpeg)
 
 
 def check_names(config: Config) -> None:
@@ -230,7 +267,7 @@ def check_weights_on_data(config: Config, data: PreparedDataset, teacher_only: b
 def space(config: Config, plan: ingest.IngestPlan, free: int) -> str:
     """A line on the disk space at the end of an ingest, when part files and shards both exist; `free` is in bytes."""
     sample_bytes = math.prod(sample_shape(config.data)) * (4 if sample_types.holds_tensors(config.data) else 1)
-    derived = sum(planned(config, plan).counts) if config.data.transform != "none" else 0
+    derived = planned(config, plan).train if config.data.transform != "none" else 0
     need = int((2 * plan.samples + derived) * sample_bytes * (JPEG_RATIO if stores_jpeg(config.data) else 1))
     needed, there = (f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB" for size in (need, free))
     line = f"  ingest needs about {needed} on the run folder's disk, {there} are free"

@@ -19,9 +19,9 @@ from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.distillation import engine
 from distill_at_scale.distillation.methods import METHODS
 from distill_at_scale.distillation.summary import few_tested
-from distill_at_scale.pipeline.planning.facts import expected_kept
 from distill_at_scale.pruning.criteria.factory import MONTE_CARLO, build_criteria
 from distill_at_scale.pruning.proxies import train as proxies
+from distill_at_scale.pruning.selection import quotas
 
 CLIP_KEYS = ("sampling", "stride", "decoder", "seek", "short")
 IMAGE_KEYS = ("size", "resize", "channels", "store", "quality", "max_pixels")
@@ -197,7 +197,7 @@ def of_data(config: Config, class_names: Sequence[str], counts: Sequence[int], t
         yield "there is no test split, so nothing will be evaluated; data.holdout=0.2 makes one"
     elif note := few_tested(tested):
         yield note
-    kept, ipc = expected_kept(config, list(counts)), config.distill.ipc
+    kept, ipc = quotas.expected(config.select, config.min_per_class, list(counts)), config.distill.ipc
     few = [name for name, number in zip(class_names, kept, strict=True) if number <= ipc]
     if few and config.select.scope == "class":
         more = f" and {len(few) - MAX_NAMED} more" if len(few) > MAX_NAMED else ""

@@ -18,7 +18,7 @@ from distill_at_scale.data.codecs.image import encode
 from distill_at_scale.data.prepared import format as shards
 from distill_at_scale.data.prepared import manifest
 from distill_at_scale.models.spec import NetworkSpec
-from distill_at_scale.pipeline.planning.facts import Facts
+from distill_at_scale.pipeline.validate import PlannedDataset
 from distill_at_scale.pruning.proxies.train import checkpoint_path
 
 DISTINCT = 16  # images that are encoded; the others repeat them
@@ -40,7 +40,12 @@ class DummySet:
 
 
 def write(
-    folder: Path, facts: Facts, labels: Sequence[int], each: int, group: int | None = None, names: int | None = None
+    folder: Path,
+    facts: PlannedDataset,
+    labels: Sequence[int],
+    each: int,
+    group: int | None = None,
+    names: int | None = None,
 ) -> DummySet:
     """Write `each` samples of every label (ascending) in row groups of at most `group`; `names` limits the class names."""
     result, class_names = DummySet(folder), facts.class_names[:names]

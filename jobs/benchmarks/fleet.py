@@ -33,6 +33,7 @@ from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation import evaluate
 from distill_at_scale.distillation.methods.dc import default_loops
 from distill_at_scale.models.spec import NetworkSpec
+from distill_at_scale.pipeline.executors.helpers import START
 from distill_at_scale.pipeline.planning.estimates import POOL, RAY, TASKS, TRAIN
 
 SAMPLES, TESTS, CLASSES, CHUNK, NODE = 1_281_167, 50_000, 1000, 1024, 8  # NODE: GPUs of a machine
@@ -129,7 +130,7 @@ def run(config: Config, of: Constants, gpus: int) -> Parts:
     own = _spec(distilling.network, config, distilling.width, distilling.depth)
     trials, epochs = score.checkpoint_counts
     threads, handed = min(MAX_THREADS, of.cores * min(NODE, gpus)), SAMPLES / CHUNK / of.handed
-    parts = {"start of Ray": RAY}
+    parts = {"start of Ray": RAY * START}
     parts["ingest: decode"] = POOL + max(SAMPLES / (of.decode * of.cores * gpus), handed)
     parts["ingest: merge and hash"] = SAMPLES / threads * (1 / of.merge + 2 / of.digest)
     if score.weights is None:

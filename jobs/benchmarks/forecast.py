@@ -65,9 +65,9 @@ def compare(run: Path) -> dict:
     for stage, entry in plan["stages"].items():
         if (record := run / "stages" / f"{stage}.json").exists():
             actual = json.loads(record.read_text(encoding="utf-8"))["seconds"]
-            low, high = entry["range"]
-            stages[stage] = {"low": low, "expected": entry["seconds"], "high": high, "actual": round(actual, 2)}
-            stages[stage]["parts"] = {part: round(s, 2) for part, s in entry["estimate"]["parts"].items()}
+            expected = {"low": entry["low"], "expected": entry["seconds"], "high": entry["high"]}
+            parts = {part: round(seconds, 2) for part, seconds in entry["parts"].items()}
+            stages[stage] = expected | {"actual": round(actual, 2), "parts": parts}
     return {"stages": stages, "load": plan["load"]}
 
 

@@ -38,7 +38,7 @@ from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import Chunk
 from distill_at_scale.distillation.engine import Distillation, DistillPaths
 from distill_at_scale.models.spec import NetworkSpec
-from distill_at_scale.pipeline.planning.facts import Facts
+from distill_at_scale.pipeline.validate import PlannedDataset
 from distill_at_scale.pruning.scoring.scorer import Scorer
 
 SHAPE, CHUNK, EPOCHS = (3, 32, 32), 512, 4
@@ -253,10 +253,10 @@ def _pin(core: int) -> None:
         os.sched_setaffinity(0, {allowed[core % len(allowed)]})
 
 
-def _facts(classes: range) -> Facts:
+def _facts(classes: range) -> PlannedDataset:
     names = [f"class {label:04d}" for label in classes]
     counts = [HELD] * len(names)
-    return Facts(SHAPE, names, counts, counts, 0, False, HELD, "images")
+    return PlannedDataset(SHAPE, names, names, counts, 0, "images", counts)
 
 
 if __name__ == "__main__":

@@ -225,7 +225,7 @@ def test_class_folders_of_sounds(tmp_path):
     assert inspection.why == "train/ has 2 folders with sounds"
     found = {key: inspection.data[key] for key in ("source", "rate", "seconds", "bands")}
     assert found == {"source": "audiofolder", "rate": 8000, "seconds": 0.4, "bands": 32}
-    config = starter_config._base(inspection, "dm", 1, "x", starter_config.machine.here(tmp_path))
+    config = starter_config._base(inspection, "dm", 1, "x", starter_config.this_machine(tmp_path))
     assert (config.distill.network, config.distill.dm.augment) == ("convnet", "none")
 
 
@@ -327,7 +327,7 @@ def test_a_budget_that_is_too_small_is_said_and_the_file_written(tmp_path, quick
 def test_other_methods_have_settings_that_load(tmp_path, method):
     folders(tmp_path, size=(16, 16))
     inspection = inspected(tmp_path)
-    base = starter_config._base(inspection, method, 1, "x", starter_config.machine.here(tmp_path))
+    base = starter_config._base(inspection, method, 1, "x", starter_config.this_machine(tmp_path))
     smallest = list(starter_config.rungs(base, "images", 6))[-1]
     config = starter_config.with_overrides(base, smallest.values)
     assert config.distill.width == 16
@@ -337,7 +337,7 @@ def test_other_methods_have_settings_that_load(tmp_path, method):
 def test_the_rendered_text_says_what_was_chosen(tmp_path):
     folders(tmp_path, size=(16, 16))
     inspection = inspected(tmp_path)
-    base = starter_config._base(inspection, "dc", 10, "x #1: y", starter_config.machine.here(tmp_path))
+    base = starter_config._base(inspection, "dc", 10, "x #1: y", starter_config.this_machine(tmp_path))
     small = starter_config.with_overrides(base, {"distill.steps": 50, "distill.dc.real_batch": 64})
     chosen = starter_config.Starter(small, inspection, 600, [], base, [], 2, 0, 2)
     text = starter_file.render(chosen, str(tmp_path), "10min")

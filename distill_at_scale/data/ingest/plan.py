@@ -61,6 +61,20 @@ class IngestPlan:
             files[split] = map_arrow(path)
         return replace(self, listings=files)
 
+    def excerpt(self, classes: int, each: int) -> IngestPlan:
+        """About `each` training samples of some classes, and as large a share of the others: neighbours, as they are read."""
+        train = self.listings["train"]
+        present = np.unique(train["label"].to_numpy())
+        labels = present[np.unique(np.linspace(0, len(present) - 1, min(classes, len(present))).astype(int))]
+        parts = {}
+        for split, table in self.listings.items():
+            own, run = table["label"].to_numpy(), max(1, each * table.num_rows // train.num_rows)
+            few = table.take(np.sort(np.concatenate([np.flatnonzero(own == label)[:run] for label in labels])))
+            column = pa.array(np.searchsorted(labels, few["label"].to_numpy()), pa.int32())
+            parts[split] = few.set_column(few.column_names.index("label"), "label", column)
+        names = [self.class_names[label] for label in labels]
+        return replace(self, class_names=names, listings=_without_empty(parts), aside={})
+
     @property
     def counts(self) -> dict[str, np.ndarray[Any, Any]]:
         """Split -> samples per class, int [classes]."""

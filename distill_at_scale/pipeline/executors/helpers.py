@@ -7,6 +7,7 @@ through pipes. Helpers end with this process. If a helper is lost, this process 
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import pickle
 import queue
@@ -19,6 +20,7 @@ import traceback
 from collections.abc import Callable
 
 from distill_at_scale.core.environment import busy_seconds
+from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.events import Emit, Event, TimeSpent
 from distill_at_scale.pipeline.executors.base import Result, Task, Unit
 
@@ -93,13 +95,11 @@ class Helpers:
                 return
             process = start(self.task, self.threads)
             self._processes.append(process)
-        assert process.stdin is not None
         assert process.stdout is not None
         unit = self._next()
         try:
             while unit is not None:
-                pickle.dump(unit, process.stdin)
-                process.stdin.flush()
+                ask(process, unit)
                 self._results.put(pickle.load(process.stdout))
                 self._release()
                 unit = self._next()
@@ -133,6 +133,28 @@ def start(task: Task, threads: int) -> subprocess.Popen[bytes]:
     pickle.dump((task.config.model_dump(), task.worker, dict(task.paths), threads), process.stdin)
     process.stdin.flush()
     return process
+
+
+def ask(process: subprocess.Popen[bytes], unit: Unit) -> None:
+    """Give a unit to such a process."""
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it has ended, as `answer` says
+        pickle.dump(unit, process.stdin)
+        process.stdin.flush()
+
+
+def answer(process: subprocess.Popen[bytes]) -> tuple[Result, Event] | Exception:
+    """What a process answers for the next unit that it was given: what came of it, or what it raised.
+
+    Raises UserError if the process has ended.
+    """
+    assert process.stdout is not None
+    try:
+        given: tuple[Result, Event] | Exception = pickle.load(process.stdout)
+    except EOFError:
+        why = "; perhaps the memory is too small" if process.wait() == -signal.SIGKILL else ""
+        raise UserError(f"a process that was started here has ended with exit code {process.returncode}{why}") from None
+    return given
 
 
 def serve() -> None:

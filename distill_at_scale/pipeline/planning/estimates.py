@@ -1,70 +1,71 @@
 """Expected wall time, memory and disk of every stage: the rates of a dry run, scaled up by counts.
 
-Counts come from `facts.py`, the spread over cores, GPUs and workers from `machine.py`. The start of Ray and its processes
-has fixed figures. Not covered: the exchange between the workers of a distillation, and the network.
+Memory is what a process of the dry run needed, and what grows with the data. Not covered: the network between machines.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from distill_at_scale.config.load import Config
+from distill_at_scale.data.ingest.chunks import READ_BYTES
+from distill_at_scale.data.prepared.format import scoring_chunk
 from distill_at_scale.data.sampling import placement
 from distill_at_scale.distillation import engine, evaluate
-from distill_at_scale.distillation.methods.base import Method
-from distill_at_scale.models.spec import NetworkSpec
+from distill_at_scale.distillation.evaluate import EvaluationJob
+from distill_at_scale.models.spec import will_compile
 from distill_at_scale.pipeline.executors.helpers import START
-from distill_at_scale.pipeline.planning import memory
-from distill_at_scale.pipeline.planning.dry_run import Rate
-from distill_at_scale.pipeline.planning.facts import Facts
-from distill_at_scale.pipeline.planning.machine import ClusterLayout, Spread
-from distill_at_scale.pipeline.planning.measurements import Measurements
-from distill_at_scale.pipeline.planning.memory import IDS, PROCESS, WITH_TORCH
+from distill_at_scale.pipeline.executors.layout import Layout, Spread
+from distill_at_scale.pipeline.planning.dry_run import FIRST, LEAST, DryRun, Rate
 from distill_at_scale.pipeline.stages import controls
-from distill_at_scale.pruning.criteria.factory import build_criteria, needed_epochs
+from distill_at_scale.pipeline.validate import PlannedDataset
+from distill_at_scale.pruning.criteria.factory import MONTE_CARLO, build_criteria, needed_epochs
 from distill_at_scale.pruning.proxies import train as proxy
-from distill_at_scale.pruning.selection.ranking import RANDOM
+from distill_at_scale.pruning.proxies.dataloader import WINDOW_BYTES
 
-RAY = 12.0  # seconds: the start of Ray and of its processes
+RAY = 0.5  # starts of a process: the start of Ray and of its processes
 POOL, TASKS, TRAIN = 4.0, 5.0, 12.0  # seconds, on a running cluster: an actor pool's start, a first task's, a group's
-SELECT_EACH, SELECT_ONCE, REPORT = 2e-6, 0.005, 1.0  # seconds: select per sample, select, report
+SELECT_EACH, SELECT_ONCE, REPORT = 2e-6, 0.01, 0.6  # seconds: select per sample, select, report
 UNSURE = 0.1  # of an estimate, besides the spread of its measurements
+PROCESS = 450 * 2**20  # bytes of a process that has loaded torch
+IDS = 64  # bytes of a sample's id, label and score in a table
+COMPILE = "never", "always"  # values of score.compile
 Part = tuple[str, float, Rate]  # its name, units, and the seconds of a unit
 
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """What one stage will take."""
+    """What one stage will take, and what it took if it has run."""
 
     stage: str
     parts: dict[str, float]  # seconds by part
     low: float = 0.0  # seconds of the stage, from the spread of the measurements
     high: float = 0.0
-    processes: int = 1  # of the largest kind, side by side
+    processes: int = 1  # side by side
     host: int = 0  # bytes of one of these processes
     device: int = 0  # bytes of GPU memory of one of these processes
     disk: int = 0  # bytes that the stage leaves on the disk
     at_peak: int = 0  # temporary bytes on the disk
-    machines: int = 1  # to pay for
+    cost: float | None = None
+    actual: float | None = None
+    before: bool = True  # whether the prediction was made before the stage ran
     notes: list[str] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
         return sum(self.parts.values())
 
-    def cost(self, price: float | None) -> float | None:
-        """`price` is per machine and hour."""
-        return None if price is None else self.seconds / 3600 * price * self.machines
+    @property
+    def off(self) -> float | None:
+        """predicted / actual - 1."""
+        return None if not self.actual else self.seconds / self.actual - 1
 
-
-def later(estimate: StageEstimate, seconds: float, part: str = "start") -> StageEstimate:
-    """An estimate with more seconds of a part."""
-    parts = {**estimate.parts, part: estimate.parts.get(part, 0.0) + seconds}
-    return replace(estimate, parts=parts, low=estimate.low + seconds / 1.5, high=estimate.high + 1.5 * seconds)
+    def later(self, seconds: float, part: str) -> StageEstimate:
+        """With more seconds of a part, known within a factor of 1.5."""
+        parts = {**self.parts, part: self.parts.get(part, 0.0) + seconds}
+        return replace(self, parts=parts, low=self.low + seconds / 1.5, high=self.high + 1.5 * seconds)
 
 
 def finish(units: Sequence[float], starts: Sequence[float]) -> float:
@@ -78,163 +79,165 @@ def finish(units: Sequence[float], starts: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Planner:
-    """Estimates of the stages of one configuration, without the load of other programs on `without` cores."""
+    """Estimates of the stages of one configuration: its methods `ingest` to `report`."""
 
     config: Config
-    facts: Facts
-    layout: ClusterLayout
-    measured: Measurements
-    without: float = 0.0
-
-    @property
-    def method(self) -> type[Method]:
-        return engine.method_class(self.config)
+    facts: PlannedDataset
+    layout: Layout
+    measured: DryRun
 
     def ingest(self) -> StageEstimate:
         facts, spread = self.facts, self.layout.actors(gpu=False)
-        decode, sort, once = self.measured.ingest()
-        side = max(1, min(spread.side_by_side, -(-facts.samples // self.config.data.chunk)))
-        alone = Spread(1, 1)
-        parts = [("decode", facts.samples / side, self._now(decode, spread)), ("sort", facts.samples, self._now(sort, alone)),
-                 ("open", 1, self._now(Rate.fixed(once), alone)), *self._start(POOL)]  # fmt: skip
-        disk = facts.samples * (facts.stored + IDS)
-        host = max(memory.of_ingest(self.config, facts), PROCESS)
-        whitened = ["whitening is not included"] if self.config.data.whiten != "none" else []
-        return self._stage("ingest", parts, processes=side, host=host, disk=disk, at_peak=disk, notes=whitened,
-                        machines=self.layout.machines(side))  # fmt: skip
+        side = max(1, min(spread.side, -(-facts.samples // self.config.data.chunk)))
+        decode, sort, once = self.measured.ingest(Spread(side, 1))
+        parts = [("decode", facts.samples / side, decode), ("sort", facts.samples, sort), ("open", 1, Rate.fixed(once))]
+        notes = ["whitening is not included"] if self.config.data.whiten != "none" else []
+        return self._stage("ingest", parts, POOL, notes)
 
     def score(self) -> StageEstimate:
-        facts, score, device = self.facts, self.config.score, self.layout.device
-        spec = proxy.network_spec(score, facts.shape, facts.classes, facts.kind)
-        (trials, epochs), criteria, parts, sizes = score.checkpoint_counts, build_criteria(score), list[Part](), []
+        facts, score, parts, criteria = self.facts, self.config.score, list[Part](), build_criteria(self.config.score)
+        notes = ["the criterion monte_carlo is not included"] if MONTE_CARLO in score.criteria else []
         if not criteria:
-            notes = ["the cost of scores without proxies is not estimated"] if set(score.criteria) != {RANDOM} else []
-            parts = [("write", facts.train, Rate.fixed(SELECT_EACH))]
-            return self._stage("score", parts, host=WITH_TORCH, disk=facts.train * IDS, notes=notes)
+            return self._stage("score", [("write", facts.train, Rate.fixed(SELECT_EACH))], 0.0, notes)
+        spec, samples = (
+            proxy.network_spec(score, facts.shape, facts.classes, facts.kind),
+            int(facts.train * score.share),
+        )
+
+        def rates(spread: Spread, work: int) -> dict[str, Rate]:
+            keys = {"compile": COMPILE[will_compile(score.compile, work)], "criterion": list(criteria)}
+            return self.measured.stage("score", spread, {"epochs": 1}, **keys)
+
+        (trials, epochs), passing = score.checkpoint_counts, self.layout.actors()
         if score.weights is None:
-            spread = self.layout.workers(score.workers) if score.workers > 1 else self.layout.tasks(trials)
-            samples, workers = int(facts.train * score.share), spread.side_by_side if score.workers > 1 else 1
-            batch = self._rate("proxies", spread, samples=samples)
-            epoch = max(1, samples // score.batch) * min(samples, score.batch) / self.measured.batch / workers
-            parts += self._units("proxies", [(epochs * epoch, batch)] * trials, Spread(1, 1) if workers > 1 else spread)
-            sizes.append((spread.side_by_side, *memory.of_proxy(self.config, spec, facts, device)))
-        spread = self.layout.actors()
-        checkpoints = trials * len(needed_epochs(criteria.values(), epochs))  # that the pass uses
-        rate = self._rate("score", spread, samples=facts.train)
-        parts += [("score", facts.train * checkpoints / spread.side_by_side, rate), ("score", 1, Rate.fixed(rate.once))]
-        sizes.append((spread.side_by_side, *memory.of_scorer(self.config, spec, facts, device)))
-        side, host, on_device = max(sizes, key=lambda size: size[0] * (size[1] + size[2]))
-        kept = facts.train * IDS + trials * epochs * memory.parameters(spec)
-        notes = []
-        if others := [name for name in score.criteria if name not in ("loss", RANDOM)]:
-            notes.append(f"estimated for the criterion loss; the extra cost of {', '.join(others)} is not included")
-        return self._stage("score", [*parts, *self._start(POOL)], processes=side, host=host, device=on_device,
-                        disk=kept + facts.train * (4 * checkpoints + IDS), at_peak=facts.train * (4 * checkpoints + IDS),
-                        machines=self.layout.machines(side), notes=notes)  # fmt: skip
+            together = score.workers > 1 and not self.layout.local
+            spread = self.layout.group(score.workers, score.workers) if together else self.layout.tasks(trials)
+            rate = rates(spread, proxy.training_work(spec, score, samples))["train a proxy"]
+            units = epochs * samples / self.measured.trained / (spread.side if together else 1)
+            parts += self._units("proxies", [(units, rate)] * trials, Spread(1, 1) if together else spread)
+        checkpoints = trials * len(needed_epochs(criteria.values(), epochs))
+        seen = rates(passing, spec.activation_bytes(facts.train * checkpoints))
+        parts += [("score", facts.train * checkpoints / passing.side, seen["score"])]
+        parts += [("score", 1, Rate.fixed(seen["score"].once)), ("write", 1, seen["rest"])]
+        return self._stage("score", parts, POOL, notes)
 
     def select(self) -> StageEstimate:
-        parts = [("select", 1, Rate.fixed(SELECT_ONCE + self.facts.train * SELECT_EACH))]
-        host, disk = WITH_TORCH + 2 * self.facts.train * 8, self.facts.train * IDS
-        return self._stage("select", parts, host=host, disk=disk)
+        """With select.keep: auto, with its short distillations, one actor each."""
+        config, auto, notes = self.config, self.config.select.auto, list[str]()
+        parts = [("select", 1.0, Rate.fixed(SELECT_ONCE + self.facts.train * SELECT_EACH))]
+        if config.select.keep == "auto":
+            distill, test, steps = self.distill(), self.evaluate(), engine.step_count(config)
+            each = distill.processes * distill.parts["steps"] * (auto.steps or max(1, steps // 4)) / steps
+            each += distill.parts["prepare"]
+            each += auto.evaluations * test.processes * test.parts["train and test"] / len(self._jobs())
+            count = max(3, auto.seeds) + auto.points * auto.seeds
+            parts.append(("search", count / self.layout.actors().side, Rate(each, each / 1.5, 1.5 * each)))
+            then = "later stages are planned as if all samples were kept"
+            notes.append(f"select.keep: auto tries up to {count} short distillations; {then}")
+        return self._stage("select", parts, 0.0, notes)
 
     def distill(self) -> StageEstimate:
-        facts, wanted, device, measured = self.facts, self.config.distill, self.layout.device, self.measured
-        spread = self.layout.elastic_workers(wanted.min_workers, wanted.max_workers)
-        workers, by_class = spread.side_by_side, self.method.parallel == "classes"
-        own = -(-facts.classes // workers) if by_class else facts.classes
-        held = -(-measured.classes // workers) if by_class else measured.classes
-        prune = engine.prunes(self.config)
-        step = self._now(measured.steps(facts, spread, workers, prune), spread).times(max(1.0, own / held))
-        parts = list[Part]()
-        for cost in self.method.costs(self.config):
-            count = sum(facts.kept) if cost.images == "kept" else facts.classes * wanted.ipc
-            names = self.method.networks(self.config)
-            side = self.layout.tasks(len(names)) if cost.backward and names else self.layout.workers(1)
-            rate = measured.made("networks") if cost.backward else self._rate("test", side, network=cost.network)
-            waves = side.waves(len(names)) / len(names) if cost.backward and names else 1.0  # tasks run side by side
-            parts.append((cost.what, cost.passes * count * waves, self._now(rate, side)))
-        parts += [("prepare", 1, Rate.fixed(step.once)), ("steps", engine.step_count(self.config), step)]
-        pool = sum(sorted(facts.kept, reverse=True)[:own]) * facts.held
-        place, _ = placement.choose(wanted.hold, pool, device, placement.memory_budget(device, workers))
-        peak = measured.made("synthetic").each * own / measured.classes
-        size = memory.of_distillation(own, wanted.ipc, facts.values, pool, peak, device, place)
-        images = 4 * facts.classes * wanted.ipc * facts.values
-        section = getattr(wanted, wanted.method, None)
-        weights = memory.parameters(self._spec(getattr(section, "teacher_network", wanted.network)))
-        states = 1 + getattr(section, "expert_epochs", 0)  # an expert has one state per epoch
-        disk = images + len(self.method.networks(self.config)) * states * weights
-        notes = [f"kept samples in {place}, {pool / 2**20:,.0f} MB per worker"]
-        if held < own:
-            notes.append(f"measured on {held} of a worker's {own} classes and scaled up")
-        return self._stage("distill", [*parts, *self._start(TRAIN)], processes=workers, host=size[0], device=size[1],
-                        disk=disk, at_peak=5 * images, machines=self.layout.machines(workers), notes=notes)  # fmt: skip
+        facts, wanted, measured, parts = self.facts, self.config.distill, self.measured, list[Part]()
+        method, spread = engine.method_class(self.config), self.layout.group(wanted.min_workers, wanted.max_workers)
+        names = method.networks(self.config)
+        for cost in method.costs(self.config):
+            count = cost.passes * (sum(facts.kept) if cost.images == "kept" else facts.classes * wanted.ipc)
+            if cost.backward and names:  # side by side
+                count *= -(-len(names) // self.layout.tasks(len(names)).side) / len(names)
+                parts.append((cost.what, count, measured.ready(measured.kept_of(facts))))
+            else:  # labelling takes about as long as testing
+                tested = next(iter(self._trainings().values())).last / measured.tests
+                parts.append((cost.what, count, Rate.fixed(tested)))
+        step, own, held = measured.steps(facts, spread, self.config.runtime.rule), facts.classes, measured.classes
+        if method.parallel == "classes":
+            own, held = -(-own // spread.side), -(-held // min(spread.side, measured.most))
+        notes = [f"measured on {held} of a worker's {own} classes and scaled up"] if held < own else []
+        parts += [("prepare", 1, Rate.fixed(step.once))]
+        parts += [("steps", engine.step_count(self.config), step.times(max(1.0, own / held)))]
+        return self._stage("distill", parts, TRAIN, notes)
 
     def evaluate(self) -> StageEstimate:
-        facts, section, device, measured = self.facts, self.config.evaluate, self.layout.device, self.measured
-        distilled = controls.applicable(self.config, sum(facts.kept), facts.train)
-        jobs = evaluate.jobs(self.config, distilled)
-        spread = self.layout.tasks(len(jobs))
-        short = self.method.protocol(self.config).overridden(section)
-        long = short.overridden(section.model_copy(update={"epochs": section.bound_epochs}))
-        sizes, units = [(0, 0)], list[tuple[float, Rate]]()
-        for job in jobs:
-            bound, spec = job.set in section.bounds, self._spec(job.network)
-            kept = sum(facts.kept) if job.set == "kept" else facts.train
-            images, protocol = (kept, long) if bound else (facts.classes * self.config.distill.ipc, short)
-            dry = {"kept": measured.kept_of(facts), "full": measured.each}.get(job.set, self.config.distill.ipc)
-            dry *= measured.classes
-            of = job.set if bound else "distilled"
-            step = self._rate("train", spread, network=job.network, of=of, scale=images / dry if bound else 1.0)
-            batches = math.ceil(images / protocol.batch) / math.ceil(dry / protocol.batch)
-            per_epoch = math.ceil(dry / protocol.batch) * max(
-                batches, min(images, protocol.batch) / min(dry, protocol.batch)
+        facts, section, measured, units = self.facts, self.config.evaluate, self.measured, list[tuple[float, Rate]]()
+        epochs = engine.method_class(self.config).protocol(self.config).overridden(section).epochs
+        kept, rates = measured.kept_of(facts) * measured.classes, self._trainings()
+        scale = {"kept": sum(facts.kept) / kept, "full": facts.train / measured.trained}
+        for job in self._jobs():
+            of = job.set if job.set in section.bounds else "distilled"
+            rate, count = (
+                rates[f"evaluate {of} {job.network}"],
+                section.bound_epochs if job.set == of != "distilled" else epochs,
             )
-            test = self._rate("test", spread, network=job.network)
-            units.append((protocol.epochs * per_epoch, replace(step, once=step.once + facts.tests * test.each)))
-            sizes.append(memory.of_evaluation(spec, images, facts.values, facts.tests, protocol.batch, device))
-        parts = [*self._units("train and test", units, spread), *self._start(TASKS)]
-        for name in distilled:
-            kept_facts = replace(facts, kept=facts.counts) if name == evaluate.UNPRUNED else facts
-            control = replace(self, config=controls.control_config(self.config, name), facts=kept_facts).distill()
-            spreading = (control.seconds, control.low / (1 - UNSURE), control.high / (1 + UNSURE))
-            parts.append((f"distil {name}", 1, Rate(*spreading)))
-            sizes.append((control.host, control.device))
-        host, on_device = max(sizes)
-        return self._stage("evaluate", parts, processes=spread.side_by_side, host=host, device=on_device,
-                        machines=self.layout.machines(spread.side_by_side))  # fmt: skip
+            once = rate.once + rate.last * facts.tests / measured.tests
+            units.append((count * scale.get(of, facts.classes / measured.classes), replace(rate, once=once)))
+        parts = [*self._units("train and test", units, self.layout.tasks(len(units))), ("open", 1, rates["rest"])]
+        for name in controls.applicable(self.config, sum(facts.kept), facts.train):
+            others = replace(facts, kept=facts.counts) if name == evaluate.UNPRUNED else facts
+            one = replace(self, config=controls.control_config(self.config, name), facts=others).distill()
+            parts.append((f"distil {name}", 1, Rate(one.seconds, one.low / (1 - UNSURE), one.high / (1 + UNSURE))))
+        return self._stage("evaluate", parts, TASKS)
 
     def report(self) -> StageEstimate:
-        return self._stage("report", [("report", 1, Rate.fixed(REPORT))], host=WITH_TORCH, disk=2 * 2**20)
+        return self._stage("report", [("report", 1, Rate.fixed(REPORT))])
 
-    def _stage(self, stage: str, work: Sequence[Part], **values: Any) -> StageEstimate:
-        parts = dict[str, float]()
+    def size(self, stage: str) -> StageEstimate:
+        """What follows from the sizes of the data alone: processes side by side, their memory, and the disk."""
+        facts, config, wanted, side, host, disk, device = self.facts, self.config, self.config.distill, 1, 0, 0, 0
+        if stage == "ingest":
+            side, disk = self.layout.actors(gpu=False).side, facts.samples * (facts.stored + IDS)
+            host = 4 * READ_BYTES + 2 * config.data.chunk * facts.stored
+        elif stage == "score":
+            side, (trials, epochs) = self.layout.actors().side, config.score.checkpoint_counts
+            chunk = min(facts.train, scoring_chunk(facts.shape, config.data.chunk)) * facts.held
+            host = 3 * max(min(WINDOW_BYTES, int(facts.train * config.score.share) * facts.stored), chunk)
+            disk = facts.train * (IDS + 4 * trials * epochs)
+        elif stage == "select":
+            host, disk = 2 * facts.train * IDS, facts.train * IDS
+        elif stage == "distill":
+            side = self.layout.group(wanted.min_workers, wanted.max_workers).side
+            own = -(-facts.classes // side) if engine.method_class(config).parallel == "classes" else facts.classes
+            pool, disk = (
+                sum(sorted(facts.kept, reverse=True)[:own]) * facts.held,
+                4 * facts.classes * wanted.ipc * facts.values,
+            )
+            budget = placement.memory_budget(self.layout.device, side)
+            place, _ = placement.choose(wanted.hold, pool, self.layout.device, budget)
+            images = 3 * 4 * own * wanted.ipc * facts.values  # with gradient and momentum
+            host, device = images + pool * (place == "host"), images + pool * (place == "device")
+        elif stage == "evaluate":
+            side, real = self.layout.tasks(len(self._jobs())).side, {"kept": sum(facts.kept), "full": facts.train}
+            images = max([facts.classes * wanted.ipc, *(real[name] for name in config.evaluate.bounds)])
+            host = 2 * (facts.tests + images) * facts.held
+        device *= self.layout.device.type == "cuda"
+        return StageEstimate(stage, {}, processes=side, host=host, device=device, disk=disk, at_peak=disk)
+
+    def _stage(self, stage: str, work: Sequence[Part], start: float = 0.0, notes: Sequence[str] = ()) -> StageEstimate:
+        """`start`: seconds in which processes start on a running cluster; on a Ray of its own those of the first stage stay."""
+        if start and not self.layout.local and (self.layout.remote or self.config.cluster.gpus_per_worker):
+            work = [*work, ("start", 1, Rate.fixed(start))]
+        parts, size = dict[str, float](), self.size(stage)
         for name, units, rate in work:
             parts[name] = parts.get(name, 0.0) + units * rate.each
-        low = (1 - UNSURE) * sum(units * rate.low for _, units, rate in work)
-        high = (1 + UNSURE) * sum(units * rate.high for _, units, rate in work) + max(rate.cold for *_, rate in work)
-        return StageEstimate(stage, parts, low, high, **values)
-
-    def _start(self, seconds: float) -> list[Part]:
-        """The start of processes: on a running cluster in each stage; on a Ray of its own those of the first stage stay."""
-        return [] if self.layout.local or self.layout.stays else [("start", 1, Rate.fixed(seconds))]
+        low, high = (sum(units * getattr(rate, end) for _, units, rate in work) for end in ("low", "high"))
+        host, device = (max(getattr(rate, name) for *_, rate in work) for name in ("host", "device"))
+        memory = {"host": size.host + max(PROCESS, host), "device": size.device + device}
+        return replace(size, parts=parts, low=(1 - UNSURE) * low, high=(1 + UNSURE) * high, notes=list(notes), **memory)
 
     def _units(self, name: str, units: Sequence[tuple[float, Rate]], spread: Spread) -> list[Part]:
         """Long units side by side; without Ray the other processes start later, if the work lasts long enough."""
         seconds = [count * rate.each + rate.once for count, rate in units]
-        begin = 0.0 if not self.layout.local else START + self.measured.crew.start_seconds
-        late = spread.side_by_side - 1 if self.layout.local is False or sum(seconds[1:]) > 2 * START else 0
-        share = finish(seconds, [0.0, *[begin] * late]) / sum(seconds)
+        late = spread.side - 1 if not self.layout.local or sum(seconds[1:]) > 2 * START else 0
+        starts = [0.0, *[START + self.measured.start if self.layout.local else 0.0] * late]
         low, high = (sum(count * getattr(rate, end) + rate.once for count, rate in units) for end in ("low", "high"))
-        return [(name, share, Rate(sum(seconds), low, high, cold=max(rate.cold for _, rate in units)))]
+        return [
+            (name, finish(seconds, starts) / sum(seconds), replace(units[0][1], each=sum(seconds), low=low, high=high))
+        ]
 
-    def _rate(self, name: str, spread: Spread, **arguments: Any) -> Rate:
-        return self._now(self.measured.rate(name, spread, **arguments), spread)
+    def _jobs(self) -> list[EvaluationJob]:
+        return evaluate.jobs(self.config, controls.applicable(self.config, sum(self.facts.kept), self.facts.train))
 
-    def _now(self, rate: Rate, spread: Spread) -> Rate:
-        """A rate under the present load, or what it would be without."""
-        slower = self.layout.slower(spread, self.without)
-        return replace(rate.times(1 / slower), once=rate.once / slower)
-
-    def _spec(self, name: str) -> NetworkSpec:
-        wanted = self.config.distill
-        return NetworkSpec(name, self.facts.shape, self.facts.classes, wanted.width, wanted.depth, self.facts.kind)
+    def _trainings(self) -> dict[str, Rate]:
+        """An epoch of each network on each kind of set, and the test after the last one."""
+        bounds = {"bound_epochs": 1} if self.config.evaluate.bounds else {}
+        return self.measured.stage(
+            "evaluate", self.layout.tasks(len(self._jobs())), {"epochs": LEAST + FIRST, **bounds}
+        )

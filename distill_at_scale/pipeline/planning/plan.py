@@ -1,4 +1,4 @@
-"""The plan of a run: predictions per stage, what does not fit, advice, the file plan.json, and the table for people.
+"""The plan of a run: makes the estimates of all stages, says what does not fit, keeps plan.json, and prints the table.
 
 A prediction made before a stage ran is kept, so that it can be compared with the time the stage took.
 """
@@ -6,8 +6,9 @@ A prediction made before a stage ran is kept, so that it can be compared with th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,22 @@ from rich.table import Table
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.atomic_files import write_json
+from distill_at_scale.core.environment import Machine, other_programs
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
-from distill_at_scale.pipeline.planning.estimates import StageEstimate
-from distill_at_scale.pipeline.planning.machine import ClusterLayout, Machine
+from distill_at_scale.data.prepared.dataset import PreparedDataset
+from distill_at_scale.distillation import engine
+from distill_at_scale.distillation.evaluate import require_test_split
+from distill_at_scale.pipeline.executors.layout import Layout
+from distill_at_scale.pipeline.planning.dry_run import DryRun
+from distill_at_scale.pipeline.planning.estimates import RAY, Planner, StageEstimate
+from distill_at_scale.pipeline.validate import PlannedDataset
+from distill_at_scale.storage.run_dir import STAGES
 
-LONG = 7 * 24 * 3600.0  # seconds; a longer stage gets advice
+LOOK, QUIET = 1.0, 0.2  # seconds in which the load is measured; cores that other programs may use on an idle machine
 USABLE = 0.95  # of the memory
-METHOD_PARTS = ("steps", "start", "prepare")  # of each distillation; what other parts make is used again
-MIB, GIB, GB = 2**20, 2**30, 1e9
+UNITS = (("s", 1.0, 120.0), ("min", 60.0, 7200.0), ("h", 3600.0, 48 * 3600.0), ("days", 86400.0, float("inf")))
+GB = 1e9
 SMALLER = {  # keys to lower if a stage does not fit in memory
     "ingest": "data.chunk or cluster.actors",
     "score": "score.batch, score.width or cluster.actors",
@@ -31,43 +39,21 @@ SMALLER = {  # keys to lower if a stage does not fit in memory
     "distill": "distill.ipc, distill.width or the method's real_batch, use more machines, or set distill.hold=shards",
     "evaluate": "distill.ipc or evaluate.networks",
 }
-FASTER = {
-    "ingest": "raise cluster.actors on a machine with more cores",
-    "score": "lower score.trials, score.epochs, score.share or score.width, or use GPUs (cluster.gpus_per_worker)",
-    "distill": "lower distill.steps, select.keep or the method's real_batch, or use GPUs (cluster.gpus_per_worker)",
-    "evaluate": "lower evaluate.seeds or evaluate.epochs",
-}
-
-
-@dataclass(frozen=True)
-class PlanRow:
-    """One stage: the prediction, its cost, and the seconds that the stage took if it has run."""
-
-    estimate: StageEstimate
-    cost: float | None
-    actual: float | None = None
-    before: bool = True  # whether the prediction was made before the stage ran
-
-    @property
-    def off(self) -> float | None:
-        """predicted / actual - 1."""
-        return None if not self.actual else self.estimate.seconds / self.actual - 1
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    rows: list[PlanRow]
+    stages: list[StageEstimate]
     problems: list[str]
-    advice: list[str]
-    load: str = ""  # what other programs use, and the time without them
+    load: str = ""  # what other programs use
 
     @property
     def seconds(self) -> float:
-        return sum(row.estimate.seconds for row in self.rows)
+        return sum(one.seconds for one in self.stages)
 
     @property
     def cost(self) -> float | None:
-        costs = [row.cost for row in self.rows if row.cost is not None]
+        costs = [one.cost for one in self.stages if one.cost is not None]
         return sum(costs) if costs else None
 
     def refuse(self) -> None:
@@ -76,12 +62,79 @@ class RunPlan:
             raise UserError("this run does not fit here:\n  " + "\n  ".join(self.problems))
 
 
-def problems(config: Config, layout: ClusterLayout, estimates: list[StageEstimate]) -> list[str]:
+def make(
+    config: Config, facts: PlannedDataset, machine: Machine, path: Path, records: Mapping[str, Mapping[str, Any]],
+    advance: Callable[[str], None], prepared: PreparedDataset | None = None,
+) -> RunPlan:  # fmt: skip
+    """Measure, estimate, and publish the plan at `path`. What cannot fit by its size alone is not measured.
+
+    Args:
+        records: the records of finished stages, by name; predictions that were made before are kept.
+        advance: called with the name of each stage after its measurement.
+        prepared: the output of a finished ingest, whose samples are measured.
+
+    Raises:
+        UserError: too few samples or classes for the configuration. What does not fit is among the plan's problems instead.
+    """
+    engine.check_inputs(config, facts, facts.kept)
+    if config.select.keep == "auto":
+        require_test_split(facts)
+    earlier, used = read(path, config), other_programs(LOOK)
+    layout = Layout(config, machine, used if used > QUIET else 0.0)
+    load = f"other programs use {used:.1f} of {machine.cores} cores now: the times hold for this load"
+    actual = {name: record["seconds"] for name, record in records.items() if not record.get("reused_from")}
+    names = [name for name in STAGES if name != "evaluate" or facts.has_test()]
+    stages, once = list[StageEstimate](), {"start", "load"}
+    with closing(DryRun(config, facts, layout, prepared)) as measured:
+        planner = Planner(config, facts, layout, measured)
+        found = problems(config, layout, [planner.size(name) for name in names if name not in records])
+        for name in [] if found else names:
+            if name in records and name in earlier and earlier[name].before:
+                stages.append(replace(earlier[name], actual=actual.get(name)))
+            elif name != "ingest" or facts.listing is not None:  # a finished ingest has nothing left to measure
+                one = replace(getattr(planner, name)(), actual=actual.get(name), before=name not in actual)
+                if name not in records:  # in the first stage of all, and in the first that trains
+                    trains = one.parts.keys() & {"proxies", "steps"}
+                    one = one.later(RAY * measured.start, "start") if "start" in once and not layout.local else one
+                    one = one.later(measured.load, "load") if "load" in once and trains else one
+                    once -= {"start", "load"} if trains else {"start"}
+                price = (config.cluster.price or 0.0) * (one.processes if layout.remote else 1)
+                stages.append(replace(one, cost=one.seconds / 3600 * price if price else None))
+            advance(name)
+    found = found or problems(config, layout, [one for one in stages if one.actual is None])
+    plan = RunPlan(stages, found, load if used > QUIET else "")
+    rows = {one.stage: asdict(one) | {"seconds": one.seconds, "off": one.off} for one in stages}
+    total = {"seconds": plan.seconds, "cost": plan.cost}
+    values = {"configuration": identity(config), "machine": asdict(machine), "stages": rows, "total": total}
+    write_json(path, values | {"problems": plan.problems, "load": plan.load})
+    return plan
+
+
+def identity(config: Config) -> str:
+    """A hash of everything in a configuration that decides the predictions."""
+    values = config.model_dump()
+    run = values.pop("run")
+    return digest([values, run["seed"]])
+
+
+def read(path: Path, config: Config) -> dict[str, StageEstimate]:
+    """The stages of an earlier plan of the same configuration; empty if there is none."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["configuration"] == identity(config):
+            keys = StageEstimate.__dataclass_fields__
+            return {name: StageEstimate(**{key: one[key] for key in keys}) for name, one in stored["stages"].items()}
+    return {}
+
+
+def problems(config: Config, layout: Layout, stages: Sequence[StageEstimate]) -> list[str]:
     """What does not fit, each with the key to change."""
     machine, share, lines = layout.machine, config.cluster.gpus_per_worker, list[str]()
     if not layout.local and not layout.remote:
-        workers = {"distill.workers": config.distill.min_workers, "score.workers": config.score.workers}
-        for key, count in workers.items():
+        for key, count in {
+            "distill.workers": config.distill.min_workers,
+            "score.workers": config.score.workers,
+        }.items():
             if count > machine.cores:
                 there = f"this machine has {machine.cores}; lower {key} to {machine.cores}"
                 lines.append(f"{key} = {count} needs {count} cores, {there}")
@@ -93,124 +146,40 @@ def problems(config: Config, layout: ClusterLayout, estimates: list[StageEstimat
                 f"distill.workers = {config.distill.workers} with cluster.gpus_per_worker = {share:g} do not fit on "
                 f"{machine.gpus} GPUs; lower distill.workers or cluster.gpus_per_worker"
             )
-    kept, peak, peak_stage = 0, 0, ""
-    for estimate in estimates:
-        smaller = SMALLER.get(estimate.stage, "the sizes")
-        if estimate.host * estimate.processes > USABLE * machine.memory:
-            lines.append(
-                f"{estimate.stage} needs about {estimate.host / GB:.1f} GB of memory in each of {estimate.processes} "
-                f"processes, this machine has {machine.memory / GB:.1f} GB; lower {smaller}"
-            )
-        gpu_memory = machine.gpu_memory * min(1.0, share or 1.0)
-        if estimate.device and estimate.device > USABLE * gpu_memory:
-            lines.append(
-                f"{estimate.stage} needs about {estimate.device / GB:.1f} GB of GPU memory, a worker has "
-                f"{gpu_memory / GB:.1f} GB; lower {smaller}"
-            )
-        needed = kept + estimate.disk + estimate.at_peak
-        if needed > peak:
-            peak, peak_stage = needed, estimate.stage
-        kept += estimate.disk
-    if peak > machine.disk:
-        lines.append(
-            f"the run needs about {peak / GB:.1f} GB on the run folder's disk (most in {peak_stage}), "
+    kept, gpu_memory, needs = 0, machine.gpu_memory * min(1.0, share or 1.0), [(0, "")]
+    for one in stages:
+        lower, needed = SMALLER.get(one.stage, "the sizes"), f"{one.stage} needs about"
+        if one.host * one.processes > USABLE * machine.memory and not layout.remote:
+            each = f"{one.host / GB:.1f} GB of memory in each of {one.processes} processes"
+            lines.append(f"{needed} {each}, this machine has {machine.memory / GB:.1f} GB; lower {lower}")
+        if one.device and one.device > USABLE * gpu_memory:
+            has = f"a worker has {gpu_memory / GB:.1f} GB"
+            lines.append(f"{needed} {one.device / GB:.1f} GB of GPU memory, {has}; lower {lower}")
+        needs.append((kept + one.disk + one.at_peak, one.stage))
+        kept += one.disk
+    if (peak := max(needs))[0] > machine.disk:
+        most = f"the run needs about {peak[0] / GB:.1f} GB on the run folder's disk (most in {peak[1]})"
+        there = (
             f"{machine.disk / GB:.1f} GB are free; set run.dir to another disk, lower data.size, or set data.store=jpeg"
         )
+        lines.append(f"{most}, {there}")
     return lines
-
-
-def advice(estimates: list[StageEstimate]) -> list[str]:
-    """Stages that are possible but expensive, each with what to change."""
-    lines = []
-    for estimate in estimates:
-        part, seconds = max(estimate.parts.items(), key=lambda item: item[1])
-        if estimate.seconds > LONG:
-            faster = FASTER.get(estimate.stage, "use more machines")
-            lines.append(f"{estimate.stage} takes {in_words(estimate.seconds)} here, most of it for: {part}; {faster}")
-        elif estimate.stage == "distill" and part not in METHOD_PARTS and 2 * seconds > estimate.seconds:
-            again = "every run of this folder with the same networks uses the result again"
-            lines.append(f"distill: {part} takes {in_words(seconds)}, longer than the steps; {again}")
-    return lines
-
-
-def combine(
-    config: Config,
-    layout: ClusterLayout,
-    estimates: list[StageEstimate],
-    earlier: Mapping[str, Any],
-    actual: Mapping[str, float],
-    load: str = "",
-) -> RunPlan:
-    """Predictions beside the seconds of finished stages; `earlier` is a plan of the same configuration, or empty."""
-    rows = []
-    for estimate in estimates:
-        seconds = actual.get(estimate.stage)
-        stored = earlier.get("stages", {}).get(estimate.stage)
-        before = seconds is None or bool(stored and stored["before"])
-        if seconds is not None and stored and stored["before"]:
-            estimate = StageEstimate(**stored["estimate"])
-        rows.append(PlanRow(estimate, estimate.cost(config.cluster.price), seconds, before))
-    pending = [row.estimate for row in rows if row.actual is None]
-    return RunPlan(rows, problems(config, layout, pending), advice(pending), load)
-
-
-def identity(config: Config) -> str:
-    """A hash of everything in a configuration that decides the predictions."""
-    values = config.model_dump()
-    run = values.pop("run")
-    return digest([values | {"price": None}, run["seed"]])
-
-
-def read(path: Path, config: Config) -> dict[str, Any]:
-    """An earlier plan of the same configuration; empty if there is none."""
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return stored if stored.get("configuration") == identity(config) else {}
-
-
-def write(path: Path, config: Config, machine: Machine, plan: RunPlan) -> None:
-    """Write plan.json: per stage the estimate, cost, actual seconds and deviation; totals, problems and advice."""
-    stages = {
-        row.estimate.stage: {
-            "estimate": asdict(row.estimate),
-            "seconds": round(row.estimate.seconds, 3),
-            "range": [round(row.estimate.low, 3), round(row.estimate.high, 3)],
-            "cost": row.cost,
-            "actual_seconds": row.actual,
-            "off": None if row.off is None else round(row.off, 3),
-            "before": row.before,
-        }
-        for row in plan.rows
-    }
-    values = {
-        "configuration": identity(config),
-        "machine": asdict(machine),
-        "stages": stages,
-        "total": {"seconds": round(plan.seconds, 3), "cost": plan.cost},
-        "problems": plan.problems,
-        "advice": plan.advice,
-        "load": plan.load,
-    }
-    write_json(path, values)
 
 
 def table(config: Config, plan: RunPlan) -> Table:
     """One row per stage, and the total. A deviation in brackets is that of a prediction made after the stage ran."""
-    done, priced = any(row.actual is not None for row in plan.rows), plan.cost is not None
+    done, priced = any(one.actual is not None for one in plan.stages), plan.cost is not None
     result = Table(title=f"plan: {config.distill.method}, {config.distill.ipc} per class")
     columns = ["stage", "expected", *(["actual", "off"] if done else []), "processes × memory", "GPU memory", "disk"]
     for name in [*columns, *(["cost"] if priced else [])]:
         result.add_column(name, justify="left" if name == "stage" else "right")
-    for row in plan.rows:
-        estimate = row.estimate
-        cells = [estimate.stage, f"{in_words(estimate.seconds)} ({in_words(estimate.low)} – {in_words(estimate.high)})"]
+    for one in plan.stages:
+        cells = [one.stage, f"{in_words(one.seconds)} ({in_words(one.low)} – {in_words(one.high)})"]
         if done:
-            off = "" if row.off is None else f"{row.off:+.0%}" if row.before else f"({row.off:+.0%})"
-            cells += ["" if row.actual is None else in_words(row.actual), off]
-        cells += [f"{estimate.processes} × {_bytes(estimate.host)}", _bytes(estimate.device) if estimate.device else ""]
-        cells += [_bytes(estimate.disk + estimate.at_peak), *([] if row.cost is None else [f"{row.cost:,.2f}"])]
+            off = "" if one.off is None else f"{one.off:+.0%}" if one.before else f"({one.off:+.0%})"
+            cells += ["" if one.actual is None else in_words(one.actual), off]
+        cells += [f"{one.processes} × {_bytes(one.host)}", _bytes(one.device) if one.device else ""]
+        cells += [_bytes(one.disk + one.at_peak), *([] if one.cost is None else [f"{one.cost:,.2f}"])]
         result.add_row(*cells)
     total = ["total", in_words(plan.seconds), *(["", ""] if done else []), "", "", ""]
     result.add_row(*total, *([] if plan.cost is None else [f"{plan.cost:,.2f}"]))
@@ -218,25 +187,20 @@ def table(config: Config, plan: RunPlan) -> Table:
 
 
 def remarks(plan: RunPlan) -> list[str]:
-    """The parts of each estimate as lines, then the advice."""
-    lines = []
-    for row in plan.rows:
-        parts = ", ".join(f"{part} {in_words(seconds)}" for part, seconds in row.estimate.parts.items())
-        lines.append(f"  {row.estimate.stage}: {'; '.join([parts, *row.estimate.notes])}")
-    if plan.load:
-        lines.insert(0, f"  {plan.load}")
-    return lines + [f"  advice: {line}" for line in plan.advice]
+    """What other programs use, and the parts of each estimate, as lines."""
+    lines = [f"  {plan.load}"] if plan.load else []
+    for one in plan.stages:
+        parts = ", ".join(f"{part} {in_words(seconds)}" for part, seconds in one.parts.items())
+        lines.append(f"  {one.stage}: {'; '.join([parts, *one.notes])}")
+    return lines
 
 
 def in_words(seconds: float) -> str:
     """4.2 s, 3.1 min, 2.5 h or 1.8 days."""
-    for unit, size, limit in (("s", 1.0, 120.0), ("min", 60.0, 7200.0), ("h", 3600.0, 48 * 3600.0)):
-        if seconds < limit:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds / 86400:,.1f} days"
+    name, size, _ = next(unit for unit in UNITS if seconds < unit[2])
+    return f"{seconds / size:,.1f} {name}"
 
 
 def _bytes(size: float) -> str:
-    if size >= GIB:
-        return f"{size / GIB:,.1f} GiB"
-    return f"{size / MIB:,.0f} MiB" if size >= MIB else f"{size / 1024:,.0f} KiB"
+    name, unit = next(((n, u) for n, u in (("GiB", 2**30), ("MiB", 2**20)) if size >= u), ("KiB", 2**10))
+    return f"{size / unit:,.{int(name == 'GiB')}f} {name}"

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from distill_at_scale.config.load import Config, validate, with_overrides
+from distill_at_scale.core.environment import Machine, this_machine
 from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.data.inspection.inspect import Inspection
 from distill_at_scale.distillation import engine
 from distill_at_scale.models.spec import NetworkSpec
 from distill_at_scale.pipeline import validate as checks
-from distill_at_scale.pipeline.planning import dry_run, facts, machine, plan
-from distill_at_scale.pipeline.planning.estimates import RAY, Planner, StageEstimate, later
-from distill_at_scale.pipeline.planning.measurements import Measurements
+from distill_at_scale.pipeline.executors.layout import Layout
+from distill_at_scale.pipeline.planning import plan
+from distill_at_scale.pipeline.planning.dry_run import DryRun
+from distill_at_scale.pipeline.planning.estimates import RAY, Planner, StageEstimate
 
 SIZE = 64  # largest side of an image or frame, in pixels
 MANY = 10  # images per class from which pruning by loss costs accuracy (README: Limits)
@@ -91,10 +93,10 @@ def choose(
     Raises:
         UserError: the method does not apply to the data, or a class has too few samples.
     """
-    here = machine.here(folder)
+    here = this_machine(folder)
     base = _base(inspection, method, ipc, name, here)
     checks.check_names(base)
-    known = facts.of_listing(base, inspection.plan)
+    known = checks.planned(base, inspection.plan)
     engine.check_inputs(base, known, known.kept)
     checks.check_networks(base, known)
     with Estimator(here) as estimate:
@@ -108,7 +110,7 @@ def choose(
             config, estimates = _with_steps(config, rung, budget, partial(estimate, listing=listing))
             if last or sum(one.seconds for one in estimates) <= USED * budget:
                 break
-    problems = plan.problems(config, machine.ClusterLayout(config, here), estimates)
+    problems = plan.problems(config, Layout(config, here), estimates)
     classes_in_all = len(inspection.plan.class_names)
     cores, gpus = here.cores, here.gpus
     return Starter(config, inspection, budget, estimates, base, published, cores, gpus, classes_in_all, problems)
@@ -118,8 +120,8 @@ def choose(
 class Estimator:
     """Estimates of all stages; what configurations share is measured once."""
 
-    here: machine.Machine
-    measured: dict[str, Measurements] = field(default_factory=dict)
+    here: Machine
+    measured: dict[str, DryRun] = field(default_factory=dict)
     images: dict[tuple[object, ...], float] = field(default_factory=dict)
 
     def __enter__(self) -> Estimator:
@@ -133,21 +135,24 @@ class Estimator:
         planner = self.planner(config, listing)
         stages = ["ingest", "score", "select", "distill", *(["evaluate"] if planner.facts.has_test() else []), "report"]
         estimates: list[StageEstimate] = [getattr(planner, stage)() for stage in stages]
-        return estimates if planner.layout.local else [later(estimates[0], RAY), *estimates[1:]]
+        if planner.layout.local:
+            return estimates
+        return [estimates[0].later(RAY * planner.measured.start, "start"), *estimates[1:]]
 
     def planner(self, config: Config, listing: ingest.IngestPlan) -> Planner:
-        known, layout = facts.of_listing(config, listing), machine.ClusterLayout(config, self.here)
+        known, layout = checks.planned(config, listing), Layout(config, self.here)
         any_steps = config.model_copy(update={"distill": config.distill.model_copy(update={"steps": None})})
         key = any_steps.model_dump_json()
         if key not in self.measured:
-            self.measured[key] = Measurements(config, known, layout, seconds=MEASURE, others=0)
-            if same := [one for one in self.measured.values() if one.config.data == config.data and one.prepared]:
-                self.measured[key].take_samples(same[0])
+            same = [one for one in self.measured.values() if one.config.data == config.data and one.prepared]
+            prepared = same[0].prepared if same else None
+            self.measured[key] = measured = DryRun(config, known, layout, prepared, seconds=MEASURE, most=1)
+            measured.seen |= {"ingest": same[0].seen["ingest"]} if same else {}
         return Planner(config, known, layout, self.measured[key])
 
     def published(self, config: Config, listing: ingest.IngestPlan) -> list[StageEstimate]:
         """The estimates of published settings, scaled up from few steps, and from a smaller width if the network is slow."""
-        known = facts.of_listing(config, listing)
+        known = checks.planned(config, listing)
         batch = min(max(known.kept), 256)
         width = next((w for w in WIDTHS if batch * self.image(config, listing, w) <= AFFORDABLE), WIDTHS[-1])
         steps = min(engine.step_count(config), ENOUGH.get(config.distill.method, FEW))
@@ -167,8 +172,8 @@ class Estimator:
 
     def least(self, config: Config, listing: ingest.IngestPlan, steps: int) -> float:
         """Seconds below which a run cannot stay, from one measurement of a few samples; to skip settings far too large."""
-        known, score, section = facts.of_listing(config, listing), config.score, config.evaluate
-        layout = machine.ClusterLayout(config, self.here)
+        known, score, section = checks.planned(config, listing), config.score, config.evaluate
+        layout = Layout(config, self.here)
         images = 2 * section.seeds * (section.epochs or 300) * known.classes * config.distill.ipc
         if score.criterion != "random":
             images += int(score.trials * score.epochs * known.train * (score.share + 1 / 3))
@@ -180,12 +185,12 @@ class Estimator:
 
     def image(self, config: Config, listing: ingest.IngestPlan, width: int) -> float:
         """Seconds of one sample forward and backward through the network to match, of some width."""
-        known, distill = facts.of_listing(config, listing), config.distill
+        known, distill = checks.planned(config, listing), config.distill
         spec = NetworkSpec(distill.network, known.shape, known.classes, width, distill.depth, known.kind)
         key = "image", spec.name, spec.shape, width
         if key not in self.images:
-            device = machine.ClusterLayout(config, self.here).device
-            self.images[key] = min(dry_run.image_seconds(spec, device) for _ in range(4))
+            device = Layout(config, self.here).device
+            self.images[key] = min(spec.training_seconds(device) for _ in range(4))
         return self.images[key]
 
 
@@ -231,7 +236,7 @@ def _rounded(number: int) -> int:
     return number // unit * unit
 
 
-def _base(inspection: Inspection, method: str, ipc: int, name: str, here: machine.Machine) -> Config:
+def _base(inspection: Inspection, method: str, ipc: int, name: str, here: Machine) -> Config:
     """The published settings, for these data and this machine."""
     look, kind, counts = inspection.look, inspection.kind, inspection.counts
     data = copy.deepcopy(inspection.data)

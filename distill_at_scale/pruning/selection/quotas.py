@@ -27,6 +27,13 @@ def requested(config: SelectSection, count: int) -> int:
     return min(config.per_class or quota(config.rate, count, 0), count)
 
 
+def expected(config: SelectSection, minimum: int, counts: list[int]) -> list[int]:
+    """How many of each class a selection will keep: approximate for scope `global`, all if `keep` is `auto`."""
+    if config.keep == "auto" and config.per_class is None:
+        return list(counts)
+    return [min(count, max(minimum, requested(config, count))) for count in counts]
+
+
 class Cut:
     """Keeps the same share, or number, of each class. Called with a class: its keys and ranks [n]."""
 

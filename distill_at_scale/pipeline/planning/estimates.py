@@ -119,6 +119,8 @@ class Planner:
         seen = rates(passing, spec.activation_bytes(facts.train * checkpoints))
         parts += [("score", facts.train * checkpoints / passing.side, seen["score"])]
         parts += [("score", 1, Rate.fixed(seen["score"].once)), ("write", 1, seen["rest"])]
+        if trials > 1:  # SciPy is loaded for their agreement, which takes about as long as that part of torch
+            parts.append(("write", 1, Rate.fixed(self.measured.load)))
         return self._stage("score", parts, POOL, notes)
 
     def select(self) -> StageEstimate:

@@ -15,7 +15,7 @@ from distill_at_scale.data.prepared.format import scoring_chunk
 from distill_at_scale.data.sampling import placement
 from distill_at_scale.distillation import engine, evaluate
 from distill_at_scale.distillation.evaluate import EvaluationJob
-from distill_at_scale.models.spec import will_compile
+from distill_at_scale.models.forward_mode import ForwardMode
 from distill_at_scale.pipeline.executors.helpers import START
 from distill_at_scale.pipeline.executors.layout import Layout, Spread
 from distill_at_scale.pipeline.planning.dry_run import FIRST, LEAST, DryRun, Rate
@@ -24,6 +24,7 @@ from distill_at_scale.pipeline.validate import PlannedDataset
 from distill_at_scale.pruning.criteria.factory import MONTE_CARLO, build_criteria, needed_epochs
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.pruning.proxies.dataloader import WINDOW_BYTES
+from distill_at_scale.pruning.scoring import scorer
 
 RAY = 0.5  # starts of a process: the start of Ray and of its processes
 POOL, TASKS, TRAIN = 4.0, 5.0, 12.0  # seconds, on a running cluster: an actor pool's start, a first task's, a group's
@@ -31,7 +32,6 @@ SELECT_EACH, SELECT_ONCE, REPORT = 2e-6, 0.01, 0.6  # seconds: select per sample
 UNSURE = 0.1  # of an estimate, besides the spread of its measurements
 PROCESS = 450 * 2**20  # bytes of a process that has loaded torch
 IDS = 64  # bytes of a sample's id, label and score in a table
-COMPILE = "never", "always"  # values of score.compile
 Part = tuple[str, float, Rate]  # its name, units, and the seconds of a unit
 
 
@@ -104,19 +104,23 @@ class Planner:
             int(facts.train * score.share),
         )
 
-        def rates(spread: Spread, work: int) -> dict[str, Rate]:
-            keys = {"compile": COMPILE[will_compile(score.compile, work)], "criterion": list(criteria)}
+        def rates(spread: Spread, mode: ForwardMode) -> dict[str, Rate]:
+            keys = {"compile": "always" if mode.compiled else "never", "criterion": list(criteria)}
             return self.measured.stage("score", spread, {"epochs": 1}, **keys)
 
-        (trials, epochs), passing = score.checkpoint_counts, self.layout.actors()
+        (trials, epochs), passing, on_gpu = (
+            score.checkpoint_counts,
+            self.layout.actors(),
+            self.layout.device.type == "cuda",
+        )
         if score.weights is None:
             together = score.workers > 1 and not self.layout.local
             spread = self.layout.group(score.workers, score.workers) if together else self.layout.tasks(trials)
-            rate = rates(spread, proxy.training_work(spec, score, samples))["train a proxy"]
+            rate = rates(spread, proxy.forward_mode(spec, score, samples, on_gpu))["train a proxy"]
             units = epochs * samples / self.measured.trained / (spread.side if together else 1)
             parts += self._units("proxies", [(units, rate)] * trials, Spread(1, 1) if together else spread)
         checkpoints = trials * len(needed_epochs(criteria.values(), epochs))
-        seen = rates(passing, spec.activation_bytes(facts.train * checkpoints))
+        seen = rates(passing, scorer.forward_mode(spec, score, facts.train * checkpoints, on_gpu))
         parts += [("score", facts.train * checkpoints / passing.side, seen["score"])]
         parts += [("score", 1, Rate.fixed(seen["score"].once)), ("write", 1, seen["rest"])]
         if trials > 1:  # SciPy is loaded for their agreement, which takes about as long as that part of torch

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from distill_at_scale.config.load import Config
+from distill_at_scale.core.environment import keep_freed_memory
 from distill_at_scale.core.events import Emit, TimeSpent
 from distill_at_scale.pipeline.monitoring.observers import Observer
 
@@ -59,6 +60,7 @@ class Worker:
     def __init__(self, config: Config, paths: Mapping[str, Path], device: torch.device, spent: TimeSpent):
         """`spent` takes the seconds of reading, decoding and so on."""
         self.config, self.paths, self.device, self.spent = config, paths, device, spent
+        keep_freed_memory()
         self.poll: Poll = no_poll  # to call after partial progress, where the driver is this process
         self.load()
 

@@ -15,6 +15,7 @@ import torch
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.collectives import current_workers
+from distill_at_scale.core.environment import keep_freed_memory
 from distill_at_scale.core.events import measured
 from distill_at_scale.core.progress import ProgressNote, noted
 from distill_at_scale.data.ingest import chunks as ingest_chunks
@@ -302,6 +303,7 @@ def distill(executor: Executor, config: Config, files: DistillPaths, report: Rep
 
 def _distill(config: Config, paths: Mapping[str, Path], device: torch.device, report: Report) -> None:
     """One worker's part of a distillation; rank 0 saves the result."""
+    keep_freed_memory()
     files = DistillPaths(**paths)
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
         synthetic = Distillation(config, files, current_workers(device), device, report).run()

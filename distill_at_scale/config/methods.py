@@ -178,7 +178,8 @@ class DistillSection(Section):
     precision: Literal["auto", "fp32", "bf16"] = later_key(
         "auto",
         earlier="fp32",
-        description="precision of teachers, experts and forward passes of real data; auto: as score.precision",
+        description="precision of teachers, experts and, if compiled, forward passes of real data; "
+        "auto: bf16 on GPUs and on CPUs with bf16 units, else fp32",
     )
     evaluate_every: int = execution_key(
         0, ge=0, description="steps between two evaluations during distillation; 0: none; needed by sweep.search: asha"

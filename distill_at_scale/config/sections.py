@@ -355,7 +355,10 @@ class EvaluateSection(Section):
     )
     bound_epochs: int = Field(30, ge=1, description="epochs of the upper bounds")
     precision: Literal["auto", "fp32", "bf16"] = later_key(
-        "auto", earlier="fp32", description="precision of training and testing networks; auto: as score.precision"
+        "auto",
+        earlier="fp32",
+        description="precision of training and testing networks; auto: bf16 on GPUs and on CPUs with "
+        "bf16 units, else fp32",
     )
 
     @field_validator("networks", "controls", "bounds")

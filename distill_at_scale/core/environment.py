@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "LD_PRELOAD")  # the last one: another allocator
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "pillow", "simplejpeg", "scikit-learn")
 
@@ -65,13 +64,13 @@ def keep_freed_memory() -> None:
     """Let this process keep the memory of freed tensors for the next ones, up to 2 GB, where the C library is glibc.
 
     Otherwise glibc returns the memory of large tensors to the system after each pass of a network, and each next pass waits for
-    new pages: eager code takes twice as long. Environment variables of glibc (`MALLOC_TRIM_THRESHOLD_`, ...) have precedence.
+    new pages: eager code takes twice as long.
     """
-    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in MALLOC_VARIABLES):
+    if platform.libc_ver()[0] != "glibc":
         return
-    library = ctypes.CDLL(None)
-    library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    library.mallopt(M_MMAP_THRESHOLD, 2**30)
+    mallopt = ctypes.CDLL(None).mallopt  # returns 0 if it refuses; older versions of glibc take at most 2**25
+    if mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25):
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def busy_seconds() -> float | None:

@@ -1,11 +1,12 @@
-"""How a stage runs a network: compiled or eagerly, in float32 or bf16. This is the only place that decides it.
+"""How proxies, scoring and matching run a network: compiled or eagerly, in float32 or bf16. Only this module decides it.
+
+Students, teachers and experts are not compiled; they run eagerly in the precision of their section.
 
 `auto` compares the seconds that compiled code saves with the seconds that compiling takes. Both are estimates, never
 measured in the run, so that all workers decide alike and a resumed run decides as before.
 
-On a CPU bf16 is used in compiled code only: eager code is slower in bf16 than in float32 (training of a ConvNet-3 of width
-32 at 32 x 32 takes 1.7 times as long on an EPYC core with AVX512-BF16). If the compiler fails, the code runs eagerly, and so
-in float32.
+On a CPU they use bf16 in compiled code only: an eager forward pass is up to six times slower in bf16 than in float32, as
+weights are converted in each pass. If the compiler fails, the code runs eagerly, and so in float32.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from distill_at_scale.models.spec import NetworkSpec
 STEP_SECONDS, PASS_SECONDS = 10.0, 5.0
 # nanoseconds of the same core per byte of NetworkSpec.activation_bytes and pass, for width 0, and more per channel of width;
 # of a ConvNet at 8 x 8 to 64 x 64 (jobs/benchmarks/README.md, "When compiling pays")
-RATES = {"eager": (1.1, 0.009), "fp32": (0.2, 0.0095), "bf16": (0.2, 0.003)}
+RATES = {"eager": (0.47, 0.0057), "fp32": (0.28, 0.0053), "bf16": (0.13, 0.0031)}
 SMALL, SMALL_RATE = 16, 0.8  # pixels of a side below which eager code takes this share
 TRAINING_PASSES = 3  # of a sample in a training step: forward, and backward as much as two
 GPU_BYTES = 10e9  # NetworkSpec.activation_bytes of forward passes from which compiling pays on a GPU: a guess

@@ -130,6 +130,8 @@ class Float32Linear(nn.Linear):
     """A linear layer in the precision of its weights, whatever autocast asks for."""
 
     def forward(self, features: Tensor) -> Tensor:
+        if features.device.type == "meta":  # has no autocast
+            return super().forward(features)
         with torch.autocast(features.device.type, enabled=False):
             return super().forward(features.to(self.weight.dtype))
 

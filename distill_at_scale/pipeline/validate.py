@@ -99,7 +99,7 @@ def planned(config: Config, plan: ingest.IngestPlan) -> PlannedDataset:
     """
     derived = derived_splits.derived_counts(config.data, plan.counts["train"].tolist(), config.run.seed)
     names, shape = [plan.class_names[label] for label in derived.classes], sample_shape(config.data)
-    tests = plan.listings["test"].num_rows * len(names) // len(plan.class_names) if "test" in plan.listings else 0
+    tests = int(plan.counts["test"][derived.classes].sum()) if "test" in plan.listings else 0
     kind = "tensors" if sample_types.holds_tensors(config.data) else "clips" if len(shape) == 4 else "images"
     kept = quotas.expected(config.select, config.min_per_class, derived.counts)
     sizes = shape, names, plan.source_class_names, derived.counts, tests, kind, kept

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from distill_at_scale.config.load import load
+from distill_at_scale.core.environment import keep_freed_memory
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.pipeline.executors.tasks import threads
 from distill_at_scale.pruning.proxies.train import ProxyTrial
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4, help="at least 3")
     parser.add_argument("--ways", nargs="+", metavar="COMPILE,PRECISION", help="all, unless named")
     options = parser.parse_args()
+    keep_freed_memory()  # as the workers of a run
     data = PreparedDataset(options.run / "prepared")
     for choice, precision in WAYS if options.ways is None else [way.split(",") for way in options.ways]:
         keys = {"compile": choice, "precision": precision, "trials": 1, "criterion": "loss"}

@@ -25,7 +25,7 @@ import torch
 
 from distill_at_scale.config.load import validate
 from distill_at_scale.core.collectives import SingleProcess
-from distill_at_scale.core.environment import environment
+from distill_at_scale.core.environment import environment, keep_freed_memory
 from distill_at_scale.core.rng import derive
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
@@ -49,6 +49,7 @@ Row = Callable[[int], torch.Tensor]  # a step -> the gradient of the images
 
 def main() -> None:
     options = _options()
+    keep_freed_memory()  # as the workers of a run
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tables = {}

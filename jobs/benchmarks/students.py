@@ -23,7 +23,7 @@ from torch import nn
 
 from distill_at_scale.config.methods import SIAMESE_AUGMENT
 from distill_at_scale.core import rng
-from distill_at_scale.core.environment import environment
+from distill_at_scale.core.environment import environment, keep_freed_memory
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.distillation import student as students
 from distill_at_scale.distillation.student import TrainingProtocol, TrainingSet
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=320, help="images that a round trains on, and tests")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    keep_freed_memory()  # as the workers of a run
     torch.set_num_threads(1)
     spec = NetworkSpec("convnet", (3, options.pixels, options.pixels), 10, options.width)
     chance = torch.Generator().manual_seed(0)

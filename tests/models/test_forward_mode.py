@@ -19,7 +19,7 @@ from distill_at_scale.models.precision import autocast
 from distill_at_scale.models.spec import NetworkSpec, last_linear
 
 CPU, SPEC = torch.device("cpu"), NetworkSpec("convnet", (3, 32, 32), 10, width=32)
-HEADLINE = 25_000  # samples that the shipped proxy of CIFAR-10 (score.preset: fast) is trained on
+HALF_OF_CIFAR10 = 25_000
 
 
 def mode(choice="always", wanted="auto", on_gpu=False, **work):
@@ -45,10 +45,11 @@ def test_small_work_is_not_compiled_and_large_work_is():
     assert mode("always").compiled
 
 
-def test_the_shipped_proxy_is_compiled_and_the_unpruned_control_of_the_digits_is_not(units):
+def test_one_narrow_proxy_and_the_unpruned_control_of_the_digits_are_not_compiled_and_several_proxies_are(units):
     digits = NetworkSpec("convnet", (1, 8, 8), 10, width=64)
     real_images = 200 * 1347  # 200 steps with all training samples
-    assert mode("auto", trained=HEADLINE).compiled
+    assert not mode("auto", trained=HALF_OF_CIFAR10).compiled
+    assert mode("auto", trained=4 * HALF_OF_CIFAR10).compiled
     assert not ForwardMode(digits, "auto", "auto", False, trained=real_images, processes=USUAL_WORKERS).compiled
 
 
@@ -178,3 +179,8 @@ def test_close_logits_do_not_become_equal_in_bf16(name):
         logits = network(torch.randn(3, 3, 32, 32))
     assert logits.dtype == torch.float32
     assert logits.argmax(1).tolist() == [1, 1, 1]
+
+
+def test_the_float32_layer_follows_shapes_on_the_meta_device():
+    network = SPEC.build(0).to("meta")
+    assert network(torch.zeros(2, *SPEC.shape, device="meta")).shape == (2, 10)

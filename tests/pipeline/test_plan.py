@@ -35,6 +35,7 @@ from distill_at_scale.pipeline.planning import plan as plans
 from distill_at_scale.pipeline.planning.dry_run import DryRun, Rate
 from distill_at_scale.pipeline.planning.estimates import RAY, Planner, StageEstimate, finish
 from distill_at_scale.pipeline.validate import PlannedDataset
+from distill_at_scale.pruning.selection import quotas
 
 GB = 10**9
 MACHINE = Machine(cores=4, memory=16 * GB, gpus=0, gpu_memory=0, disk=100 * GB)
@@ -209,7 +210,7 @@ def test_broken_samples_at_the_start_of_a_class_are_skipped_and_the_temporary_fo
     facts = validate.planned(config, ingest.plan(config))
     measured = DryRun(config, facts, layout(config))
     assert measured.folder.name.startswith("distill_at_scale-")
-    assert measured.ingest(Spread(1, 1))[0].each >= 0
+    measured.ingest(Spread(1, 1))
     assert measured.prepared.counts("train") == [3, 3]
     measured.close()
     assert not measured.folder.exists()
@@ -366,6 +367,54 @@ def test_a_plan_is_for_the_cluster_that_the_environment_names(monkeypatch):
 )
 def test_tasks_share_the_cores(config, tasks, expected):
     assert layout(tiny_config("x", **config)).tasks(tasks) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "group", "expected"),
+    [
+        ({"cluster__address": None}, (2, 2), Spread(2, 2)),
+        ({"cluster__address": None}, (1, 8), Spread(4, 1)),  # elastic: one thread each
+        ({"cluster__address": "ray://head:1"}, (1, 8), Spread(8, 1)),  # a cluster whose size is unknown
+        ({"cluster__address": None, "cluster__gpus_per_worker": 1.0}, (1, 8), Spread(2, 1)),
+        ({"cluster__address": None, "cluster__gpus_per_worker": 0.5}, (4, 4), Spread(4, 1)),
+    ],
+)
+def test_a_group_has_as_many_workers_as_fit(config, group, expected):
+    assert layout(tiny_config("x", **config), replace(MACHINE, gpus=2)).group(*group) == expected
+
+
+def test_gpus_bound_the_actors_and_other_programs_the_processes_without_ray(monkeypatch):
+    gpus = layout(tiny_config("x", cluster__address=None, cluster__gpus_per_worker=0.5), replace(MACHINE, gpus=2))
+    assert (gpus.actors(), gpus.actors(gpu=False)) == (Spread(4, 1), Spread(4, 1))
+    assert layout(tiny_config("x", cluster__address=None, cluster__actors=3)).actors() == Spread(3, 1)
+    monkeypatch.setattr("distill_at_scale.pipeline.executors.layout.local_cores", lambda: 4)
+    config = tiny_config("x", cluster__address="none")
+    assert [Layout(config, MACHINE, others).tasks(9).side for others in (0.0, 1.5, 4.0)] == [4, 2, 1]
+
+
+def test_several_workers_of_a_proxy_can_be_planned(planner):
+    config = tiny_config("x", cluster__address=None, score__workers=2, score__trials=1)
+    assert planner(config).score().parts["proxies"] > 0
+
+
+def test_only_proxies_in_training_hold_a_window_of_images(planner):
+    config = tiny_config("x", cluster__address=None, score__trials=1)
+    made = planner(config)
+    large = replace(made.facts, counts=[100_000] * len(made.facts.counts), shape=(3, 64, 64))
+    one, four = (
+        replace(made, config=tiny_config("x", cluster__address=None, score__trials=n), facts=large) for n in (1, 4)
+    )
+    sizes = [(size := planned.size("score")).host * size.processes for planned in (one, four)]
+    assert sizes[1] > 2 * sizes[0]
+
+
+def test_kept_samples_are_expected_by_rate_and_number_and_at_least_the_images_of_a_class():
+    def kept(counts, minimum, **keys):
+        return quotas.expected(tiny_config("x", **{f"select__{k}": v for k, v in keys.items()}).select, minimum, counts)
+
+    assert kept([100, 20, 3], 5, keep=0.1) == [10, 5, 3]
+    assert kept([100, 5], 2, per_class=7) == [7, 5]
+    assert kept([100, 5], 2, keep="auto") == [100, 5]
 
 
 def test_more_images_than_samples_are_refused(tmp_path, make_run):

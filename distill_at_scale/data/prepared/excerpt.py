@@ -25,7 +25,8 @@ def write(folder: Path, source: PreparedDataset, classes: int, each: int, tests:
     chunk, jpeg = source.meta.get("chunk", CHUNK), bool(source.meta.get("jpeg"))
     group = shards.group_rows(source.shape, jpeg, chunk, source.dtype.itemsize)
     for split, size in (("train", each), ("test", max(1, tests // len(names)))):
-        tables, taken, counts[split] = [], split if source.has_test() else "train", []
+        full = any(source.counts(split)[: len(names)])
+        tables, taken, counts[split] = [], split if full else "train", []
         for label in range(len(names)):
             wanted = np.arange(min(REAL, source.counts(taken)[label], size))
             if len(wanted):

@@ -153,7 +153,8 @@ def answer(process: subprocess.Popen[bytes]) -> tuple[Result, Event] | Exception
         given: tuple[Result, Event] | Exception = pickle.load(process.stdout)
     except EOFError:
         why = "; perhaps the memory is too small" if process.wait() == -signal.SIGKILL else ""
-        raise UserError(f"a process that was started here has ended with exit code {process.returncode}{why}") from None
+        ended = f"a process that was started here has ended with exit code {process.returncode}{why}"
+        raise UserError(f"{ended}; free memory and run the same command again") from None
     return given
 
 

@@ -53,6 +53,9 @@ PROCESSES = 8  # side by side, at most
 EACH = 16  # samples of a class that are ingested at first
 CLASSES, SAMPLES, TESTS, BYTES = 20, 2048, 1000, 2**28  # limits of the dry set
 STEP, BATCH, TEST = 10.0, 4.0, 3.0  # seconds: a step and a batch at most, a test about
+REFRESH = (
+    10  # steps from one full measurement of runtime pruning to the next, at most: later ones count as if they came then
+)
 DRAWN = ("real_batch", "candidates")  # keys of methods: real samples of a class that a step may use
 SHORT = {"experts": 1, "expert_epochs": 1, "max_start": 0, "target_epochs": 1, "teacher_epochs": 1, "label_epochs": 1}
 STAGES: dict[str, Any] = {"score": score, "select": select, "distill": distill, "evaluate": evaluate}
@@ -244,7 +247,8 @@ class DryRun:
         trains, patches = getattr(section, "network_samples", 0), getattr(section, "factor", 1)
         self.drawn = max(*drawn, trains // facts.classes, wanted.ipc * patches**2)  # samples of a class for a step
         least = max(2, min(self.most, layout.group(wanted.min_workers, wanted.max_workers).side))
-        self.classes = min(facts.classes, CLASSES, max(least, int(short * STEP / (image * self.kept_of(facts)))))
+        fit = min(int(short * STEP / (image * self.kept_of(facts))), BYTES // (self.drawn * facts.held))
+        self.classes = min(facts.classes, CLASSES, max(least, fit))
         batch = min(config.score.batch, max(4, int(short * BATCH / trained)))
         rows = max(self.drawn, -(-min(facts.train, max(SAMPLES, 8 * batch)) // self.classes))
         self.each = max(1, wanted.ipc, min(rows, max(facts.counts), BYTES // (self.classes * facts.held)))
@@ -254,7 +258,7 @@ class DryRun:
         distill = {"steps": max(1, engine.step_count(config) * facts.classes // self.classes), "evaluate_every": 0}
         distill |= {wanted.method: section.model_copy(update=keys)} if section is not None else {}
         evaluate = {"controls": [], "control": "none", "seeds": 1}
-        once = {"trials": 1, "share": 1.0, "batch": batch, "imported": {}, "weights": None}
+        once = {"trials": 1, "share": 1.0, "batch": batch, "workers": 1, "imported": {}, "weights": None}
         self.config = changed(config, score=once, distill=distill, evaluate=evaluate)
         self._temporary = tempfile.TemporaryDirectory(prefix="distill_at_scale-")
         self.folder = Path(self._temporary.name)
@@ -334,7 +338,8 @@ class DryRun:
         rounds: what an outer round adds, and within it an inner one.
         """
         kept = self.kept_of(facts)
-        key, base = ("steps", spread, rule, kept), changed(self.config, runtime={"rule": rule})
+        looks = {"rule": rule, "refresh": min(self.config.runtime.refresh, REFRESH)}
+        key, base = ("steps", spread, rule, kept), changed(self.config, runtime=looks)
         period = base.runtime.refresh if engine.prunes(base) else 1
         if key in self.seen:
             return self.seen[key]

@@ -194,7 +194,10 @@ class Planner:
         elif stage == "score":
             side, (trials, epochs) = self.layout.actors().side, config.score.checkpoint_counts
             chunk = min(facts.train, scoring_chunk(facts.shape, config.data.chunk)) * facts.held
-            host = 3 * max(min(WINDOW_BYTES, int(facts.train * config.score.share) * facts.stored), chunk)
+            window = min(WINDOW_BYTES, int(facts.train * config.score.share) * facts.stored)
+            host = 3 * max(
+                chunk, window * self.layout.tasks(trials).side // side
+            )  # only proxies in training have a window
             disk = facts.train * (IDS + 4 * trials * epochs)
         elif stage == "select":
             host, disk = 2 * facts.train * IDS, facts.train * IDS

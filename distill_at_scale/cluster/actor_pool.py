@@ -172,7 +172,7 @@ class ActorPool:
         self._watch(actor, batch, actor.handle.run.remote(batch))
 
     def _watch(self, actor: Actor, batch: Batch | None, answer: Any) -> None:
-        """Put the answer of a call into the queue when it is there; `batch` is None if the call is no work."""
+        """Put the answer of a call into the queue when it arrives; `batch` is None for the call `begin`."""
         answer.future().add_done_callback(lambda future: self._ended.put((actor, batch, future)))
 
 

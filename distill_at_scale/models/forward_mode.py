@@ -109,7 +109,7 @@ class ForwardMode:
 
 
 def _seconds(spec: NetworkSpec, code: str, passes: float) -> float:
-    """The estimated time of a CPU core for so many passes of a sample, by eager code or by compiled code of a precision."""
+    """The estimated seconds of one CPU core for `passes` forward passes of one sample; `code` is a key of RATES."""
     base, per_channel = RATES[code]
     small = code == "eager" and spec.shape[-1] < SMALL
     return passes * spec.activation_bytes(1) * (base + per_channel * spec.width) * (SMALL_RATE if small else 1) / 1e9

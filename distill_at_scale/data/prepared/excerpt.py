@@ -16,7 +16,10 @@ CHUNK = 256  # samples of a scoring chunk, at most
 
 
 def write(folder: Path, source: PreparedDataset, classes: int, each: int, tests: int) -> None:
-    """Write `each` training samples of the first classes, and `tests` (of the training split, if there is no other)."""
+    """Write `each` training samples of each of the first classes, and about `tests` test samples in all.
+
+    Test samples come from the training split if these classes have none of their own.
+    """
     counts, names = dict[str, list[int]](), source.class_names[:classes]
     folder.mkdir(parents=True)
     for file in source.folder.iterdir():  # the matrix of data.whiten

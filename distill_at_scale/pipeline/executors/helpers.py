@@ -136,7 +136,7 @@ def start(task: Task, threads: int) -> subprocess.Popen[bytes]:
 
 
 def ask(process: subprocess.Popen[bytes], unit: Unit) -> None:
-    """Give a unit to such a process."""
+    """Send a unit to a helper."""
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it has ended, as `answer` says
         pickle.dump(unit, process.stdin)
@@ -144,9 +144,9 @@ def ask(process: subprocess.Popen[bytes], unit: Unit) -> None:
 
 
 def answer(process: subprocess.Popen[bytes]) -> tuple[Result, Event] | Exception:
-    """What a process answers for the next unit that it was given: what came of it, or what it raised.
+    """Wait for the result of the next unit that a helper has: the result, or the error that the unit raised.
 
-    Raises UserError if the process has ended.
+    Raises UserError if the helper has ended.
     """
     assert process.stdout is not None
     try:

@@ -233,8 +233,8 @@ class DryRun:
         self, config: Config, facts: PlannedDataset, layout: Layout, prepared: PreparedDataset | None = None,
         seconds: float | None = None, most: int | None = None,
     ):  # fmt: skip
-        """`prepared`: where the samples come from; None ingests some of the listing. `seconds` of steady state per measurement;
-        at `most` so many processes.
+        """`prepared` holds the samples; None ingests some of the listing. A measurement lasts about `seconds` and uses at most
+        `most` processes.
         """
         self.facts, self.layout, self.prepared, self.device = facts, layout, prepared, layout.device
         self.seconds = SECONDS if seconds is None else seconds

@@ -54,6 +54,7 @@ class FolderSync:
         self.store, self.local = ObjectStore(uri, retry_seconds, say), local
         self._known: dict[str, tuple[int, int]] = {}  # files that are equal in both places: size, time in ns
         self._guard = threading.RLock()
+        self._push = threading.Lock()
 
     def create(self) -> None:
         """Create the local folder, readable by its user only. Raises UserError if it belongs to another user."""
@@ -98,24 +99,25 @@ class FolderSync:
         """Store local files and folders (default: everything) that changed since the last transfer. With `gone`, files
         that were equal in both places and no longer exist here are deleted in the store.
         """
-        files = self._local_files(names)
-        changed = sorted((stat.st_mtime_ns, name) for name, stat in files.items() if self._differs(name, stat))
-        groups: dict[Path, list[str]] = {}
-        for _, name in changed:  # files that differ in their suffix only are stored in the order of their times
-            groups.setdefault(Path(name).with_suffix(""), []).append(name)
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            list(pool.map(self._store, groups.values()))
-        if gone:
-            existing, tops = self._local_files(names), tuple(f"{name}/" for name in names) or ("",)
-            lost = [name for name in list(self._known) if name not in existing and f"{name}/".startswith(tops)]
-            highest = set()  # folders that no longer exist, else files
-            for name in lost:
-                above = [parent.as_posix() for parent in reversed(Path(name).parents[:-1])]
-                highest.add(next((folder for folder in above if not (self.local / folder).exists()), name))
-            for name in highest:
-                self.store.delete(name)
-            for name in lost:
-                self._known.pop(name, None)
+        with self._push:  # a file that another thread is storing is not stored twice
+            files = self._local_files(names)
+            changed = sorted((stat.st_mtime_ns, name) for name, stat in files.items() if self._differs(name, stat))
+            groups: dict[Path, list[str]] = {}
+            for _, name in changed:  # files that differ in their suffix only are stored in the order of their times
+                groups.setdefault(Path(name).with_suffix(""), []).append(name)
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                list(pool.map(self._store, groups.values()))
+            if gone:
+                existing, tops = self._local_files(names), tuple(f"{name}/" for name in names) or ("",)
+                lost = [name for name in list(self._known) if name not in existing and f"{name}/".startswith(tops)]
+                highest = set()  # folders that no longer exist, else files
+                for name in lost:
+                    above = [parent.as_posix() for parent in reversed(Path(name).parents[:-1])]
+                    highest.add(next((folder for folder in above if not (self.local / folder).exists()), name))
+                for name in highest:
+                    self.store.delete(name)
+                for name in lost:
+                    self._known.pop(name, None)
 
     def remove(self, name: str) -> None:
         """Delete a folder in both places."""

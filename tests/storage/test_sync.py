@@ -10,6 +10,8 @@ import os
 import re
 import socket
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +20,7 @@ import pytest
 from distill_at_scale.core.errors import Unreachable, UserError
 from distill_at_scale.storage import lock as lease
 from distill_at_scale.storage import object_store, working_copy
+from distill_at_scale.storage.object_store import ObjectStore
 from distill_at_scale.storage.sync import FolderSync, scratch_of
 from distill_at_scale.storage.working_copy import WorkingCopy
 
@@ -263,3 +266,20 @@ def test_neither_records_nor_names_lead_out_of_the_copy(place, s3, tmp_path, sta
     copy.fetch()
     assert victim.is_dir()
     assert not list(tmp_path.rglob("out.txt"))
+
+
+def test_two_pushes_at_once_store_a_file_once(copies, monkeypatch):
+    """The second waits for the first, so nothing is on its way any more when it returns."""
+    copy, stored, write = copies[0], [], ObjectStore.write
+
+    def slowly(store, name, content):
+        stored.append(name)
+        time.sleep(0.2)
+        return write(store, name, content)
+
+    monkeypatch.setattr(ObjectStore, "write", slowly)
+    copy.create()
+    (copy.local / "one").write_text("1", encoding="utf-8")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: copy.push(), range(2)))
+    assert stored == ["one"]

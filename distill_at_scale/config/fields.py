@@ -41,9 +41,13 @@ def location_key(default: Any, **field: Any) -> Any:
     return Field(default, json_schema_extra={"changes_results": "by content"}, **field)
 
 
-def later_key(default: Any, earlier: Any = None, **field: Any) -> Any:
-    """A `Field` that changes results only when it differs from its default, and from `earlier`, which older runs used."""
-    return Field(default, json_schema_extra={"changes_results": "unless default", "earlier": earlier}, **field)
+def later_key(default: Any, earlier: Any = None, in_ids: bool = True, **field: Any) -> Any:
+    """A `Field` that changes results only when it differs from its default, and from `earlier`, which older runs used.
+
+    `in_ids=False`: it is newer than the ids of existing points of sweeps and studies, which lack it unless it is changed.
+    """
+    extra = {"changes_results": "unless default", "earlier": earlier, "in_ids": in_ids}
+    return Field(default, json_schema_extra=extra, **field)
 
 
 def shorthand_key(default: Any, **field: Any) -> Any:
@@ -80,12 +84,13 @@ def result_values(
     """
     values: dict[str, Any] = {}
     for name, field in type(section).model_fields.items():
-        value, kind = getattr(section, name), changes_results(field)
+        value, kind, extra = getattr(section, name), changes_results(field), field.json_schema_extra
+        in_ids = not isinstance(extra, dict) or extra.get("in_ids", True)
         if kind in ("never", "by others") or (kind == "by content" and not locations):
             if not neutral:
                 continue
             value = field.get_default(call_default_factory=True)
-        elif kind == "unless default" and not (unused or neutral) and value in _neutral_values(field):
+        elif kind == "unless default" and not (in_ids and (unused or neutral)) and value in _neutral_values(field):
             continue
         if isinstance(value, BaseModel):
             values |= result_values(value, f"{prefix}{name}.", locations=locations, unused=unused, neutral=neutral)

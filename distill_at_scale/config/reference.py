@@ -36,7 +36,7 @@ KEYS = """
 A key is `section.key` in the YAML file and on the command line. An unknown key or a value out of range is an error.
 Keys marked ° never change results: they say how and where the work runs, or which runs are made.
 """
-NOISE = ("title", "changes_results", "earlier")  # of pydantic's schema
+NOISE = ("title", "changes_results", "earlier", "in_ids")  # of pydantic's schema
 
 
 def reference() -> str:

@@ -307,6 +307,21 @@ class SelectSection(Section):
         None, ge=0, description="keep at least this many samples per class; null: max(1, distill.ipc)"
     )
     seed: int | None = Field(None, ge=0, description="seed of the random control; null: run.seed")
+    refresh: int | None = later_key(
+        None,
+        earlier=0,
+        in_ids=False,
+        ge=0,
+        description="steps between renewals of the kept samples: as many of each class, chosen by their loss under the "
+        "network of the distillation (dc, dsa, idc) or their distance to the class mean (dm); null or 0: never",
+    )
+    refresh_pool: float = later_key(
+        0.2,
+        in_ids=False,
+        gt=0,
+        le=1,
+        description="share of each class that is drawn for a renewal, to compete with the kept samples",
+    )
 
     @property
     def rate(self) -> float:

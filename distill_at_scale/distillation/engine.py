@@ -34,6 +34,7 @@ from distill_at_scale.distillation import checkpoint, evaluate
 from distill_at_scale.distillation import student as students
 from distill_at_scale.distillation.methods import METHODS
 from distill_at_scale.distillation.methods.base import Method, MethodContext, too_few_message
+from distill_at_scale.distillation.refresh import Refresh
 from distill_at_scale.distillation.synthetic_set import SyntheticSet
 from distill_at_scale.models.spec import NetworkSpec
 
@@ -42,6 +43,7 @@ METHOD_CONTRACT = (
 )  # fmt: skip
 SNAPSHOT_CLASSES, SNAPSHOT_IPC = 10, 5
 SNAPSHOT_AT = (0, 0.01, 0.05, 0.2, 0.5)  # shares of the steps; the last snapshot is the finished set
+REFRESH_KEYS = ("select.refresh", "select.refresh_pool")  # of `select`, but read by the loop
 LOG_LINES = 200  # per run, evenly spaced
 LATE, DIVERGED = 1, 2  # signals of a worker to all others after a step: save a checkpoint; stop
 
@@ -76,7 +78,8 @@ def check_inputs(config: Config, prepared: evaluate.DataSummary, kept_per_class:
 
     Raises:
         UserError: a class keeps no sample, or fewer than `distill.ipc` if images start from real ones; there are more workers
-            than classes; or `distill.evaluate_every` is set without a test split.
+            than classes; `select.refresh` is set for a method that does not support it; or `distill.evaluate_every` is set
+            without a test split.
     """
     names, section, method = prepared.class_names, config.distill, method_class(config)
     count = len(names)
@@ -87,6 +90,12 @@ def check_inputs(config: Config, prepared: evaluate.DataSummary, kept_per_class:
             )
         if method.init_of(config) == "real" and kept < section.ipc:
             raise UserError(too_few_message(name, kept, section.ipc))
+    if config.select.refresh and method.judge is Method.judge:
+        able = ", ".join(name for name, kind in METHODS.items() if kind.judge is not Method.judge)
+        raise UserError(
+            f"select.refresh = {config.select.refresh}: the method {section.method} has no network that rates real samples "
+            f"between its steps; set select.refresh to null, or take one of the methods {able}"
+        )
     if section.evaluate_every:
         evaluate.require_test_split(prepared)
     if section.max_workers > count and method.parallel == "classes":
@@ -163,6 +172,7 @@ class Distillation:
         self.normalization = self.sampler.normalization
         self.method, self.steps = method_class(config)(self.context), self.context.steps
         self.method.prepare(self.sampler)
+        self.refresh = Refresh(config, prepared, paths.manifest, self.sampler, self.method)
         self.snapshots: dict[int, Tensor] = {}
         self.timer = checkpoint.Timer()
         self.began = 0.0  # of time.perf_counter(), minus the seconds before the last checkpoint
@@ -187,6 +197,10 @@ class Distillation:
                 self._snapshot(i)
             metrics, checkpoint_is_late = self._step(i)
             done, is_last = i + 1, i + 1 == self.steps
+            if self.config.select.refresh:
+                if done % self.config.select.refresh == 0 and not is_last:
+                    self.refresh.renew(i)
+                metrics["renewed"] = self.refresh.share
             if done % max(1, self.steps // LOG_LINES) == 0 or is_last:
                 self._log(done, metrics)
             # before the checkpoint: a run that resumes from it does not evaluate this step again
@@ -233,10 +247,13 @@ class Distillation:
             chosen = (labels < SNAPSHOT_CLASSES) & (torch.arange(len(labels)) % ipc < SNAPSHOT_IPC)
             self.snapshots[step] = self.normalization.stored(images[chosen])
 
+    def _state(self) -> dict[str, Tensor]:
+        return self.method.state_dict() | self.refresh.state_dict()
+
     def _save(self, step: int) -> None:
         began, seconds = time.monotonic(), time.perf_counter() - self.began
         replicated = self.method.parallel == "replicate"  # all workers have the same state
-        states = self.workers.gather({} if replicated and self.workers.rank else self.method.state_dict())
+        states = self.workers.gather({} if replicated and self.workers.rank else self._state())
         if self.workers.rank == 0:
             state = {key: value for part in states for key, value in part.items()}
             state |= {f"snapshot/{k}": v for k, v in self.snapshots.items()}
@@ -252,6 +269,7 @@ class Distillation:
         state, step, seconds = self.workers.broadcast(last or checkpoint.DistillCheckpoint({}, 0, 0.0))
         if state:
             self.method.load_state_dict(state)
+            self.refresh.load_state_dict(state)
             self.snapshots = {int(k.partition("/")[2]): v for k, v in state.items() if k.startswith("snapshot/")}
         return step, seconds
 

@@ -134,6 +134,8 @@ NO_EFFECT = (
              "select.keep is {select.keep}, not auto"),
     NoEffect("select", ("stratum_start",), "select.order", lambda c: c.select.order != "stratum",
              "select.order is {select.order}, not stratum"),
+    NoEffect("select", ("refresh_pool",), "select.refresh", lambda c: not c.select.refresh,
+             "select.refresh is not set, so the kept samples stay"),
     NoEffect("distill", ("options",), "distill.method", lambda c: c.distill.method in METHODS,
              "only a method of your own reads it; {distill.method} has the section distill.{distill.method}"),
     *map(_of_teacher, ("sre2l", "rded")),

@@ -14,10 +14,12 @@ import math
 from collections.abc import Callable
 from statistics import NormalDist
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from distill_at_scale.config.sections import RuntimeSection
+from distill_at_scale.data.prepared.format import Array
 
 SMALLEST = 1e-6  # of the batch's largest effect: smaller ones are raised to this, because of the logarithm
 MIN_DEVIATION = 1e-12
@@ -98,6 +100,17 @@ class RuntimePruning:
 
     def _memory(self, label: int, pool_size: int) -> Tensor:
         return self.memory.setdefault(label, torch.zeros(pool_size))
+
+    def renew(self, label: int, before: Array, after: Array) -> None:
+        """Follow a renewal of a class's pool; `before` and `after` [pool_size] identify its samples, ascending.
+
+        Values of samples that stay are remembered at their new positions; new samples are unknown.
+        """
+        if label in self.memory:
+            _, old, new = np.intersect1d(before, after, assume_unique=True, return_indices=True)
+            values = torch.zeros(len(after))
+            values[torch.from_numpy(new)] = self.memory[label][torch.from_numpy(old)]
+            self.memory[label] = values
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {f"remembered/{label}": values for label, values in self.memory.items()}

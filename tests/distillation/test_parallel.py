@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import leave_group, tiny_config
+from safetensors.torch import load_file
 
 from distill_at_scale.core.collectives import ProcessGroup, SingleProcess
 from distill_at_scale.distillation import synthetic_set
@@ -32,11 +33,12 @@ CHEAP: dict[str, dict[str, Any]] = {  # smaller than their defaults; a method th
 }
 APART = ("sre2l", "rded")  # they need a teacher, which their own tests make
 BY_CLASS = [name for name, kind in METHODS.items() if kind.parallel == "classes" and name not in APART]
+REFRESH = "loss, refresh"  # the rule loss, and renewals of the kept samples
 CASES = [
     (method, rule)
     for method in BY_CLASS
-    for rule in ("none", "loss", "ite")
-    if not (rule != "none" and METHODS[method].no_runtime)
+    for rule in ("none", "loss", "ite", REFRESH)
+    if not (rule != "none" and METHODS[method].no_runtime) and (method, rule) != ("dsa", REFRESH)  # as for dc
 ]
 CLASSES = [str(digit) for digit in range(5)]  # no multiple of 2 or 4: shares differ
 STEPS, IPC = 3, 2
@@ -94,8 +96,10 @@ def name_of(method: str, rule: str, workers: int) -> str:
 
 def begin(places: DistillPaths, method: str, rule: str, workers: Any) -> Distillation:
     overrides = {f"distill__{method}__{key}": value for key, value in CHEAP.get(method, {}).items()}
+    overrides |= {"select__refresh": 1, "select__refresh_pool": 0.5} if rule == REFRESH else {}
     config = tiny_config("unused", data__classes=CLASSES, distill__method=method, distill__ipc=IPC, distill__steps=STEPS,
-                         distill__checkpoint_every=2, runtime__rule=rule, runtime__refresh=2, **overrides)  # fmt: skip
+                         distill__checkpoint_every=2, runtime__rule=rule.partition(",")[0], runtime__refresh=2,
+                         **overrides)  # fmt: skip
     own = name_of(method, rule, workers.size)
     return Distillation(config, replace(places, work=places.work / own, log=places.work / f"{own}.jsonl"), workers, CPU)
 
@@ -150,17 +154,23 @@ def asked(group: Path, method: str, rule: str, size: int) -> list[dict[str, Any]
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize(("method", "rule"), CASES)
-def test_workers_give_the_set_of_one_process(group, alone, method, rule, size):
+def test_workers_give_the_set_of_one_process(group, alone, five_classes, method, rule, size):
     one, several = alone[method, rule], synthetic_set.load(group / name_of(method, rule, size))
     assert torch.equal(one.labels, several.labels)
     torch.testing.assert_close(several.images, one.images, rtol=1e-3, atol=1e-4)
     assert several.card == one.card
+    first, other = (load_file(five_classes.work / name_of(method, rule, n) / "state.safetensors") for n in (1, size))
+    kept = [key for key in first if key.startswith("kept/")]
+    assert len(kept) == (len(CLASSES) if rule == REFRESH else 0)
+    assert all(torch.equal(first[key], other[key]) for key in kept)
 
 
 @pytest.mark.parametrize("method", BY_CLASS)
 def test_runtime_pruning_changed_what_they_agree_on(alone, method):
     if (method, "loss") in alone:
         assert not torch.equal(alone[method, "none"].images, alone[method, "loss"].images)
+    if (method, REFRESH) in alone:
+        assert not torch.equal(alone[method, "loss"].images, alone[method, REFRESH].images)
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -99,6 +100,14 @@ def test_the_state_carries_the_memory_to_another_process():
     for label in (0, 4):
         rows = torch.randperm(6)
         assert torch.equal(again.remembered_mask(label, rows, 6, 1), rule.remembered_mask(label, rows, 6, 1))
+
+
+def test_a_renewed_pool_keeps_the_memory_of_samples_that_stay():
+    rule = pruning(0.5)
+    rule.memory = {0: torch.tensor([1.0, 2.0, 3.0, 4.0]), 1: torch.tensor([5.0])}
+    rule.renew(0, np.array([3, 5, 8, 9]), np.array([1, 5, 9, 12]))
+    rule.renew(2, np.array([3]), np.array([4]))  # no value of it is known
+    assert {label: values.tolist() for label, values in rule.memory.items()} == {0: [0, 2, 4, 0], 1: [5]}
 
 
 def test_a_loaded_memory_is_a_copy():

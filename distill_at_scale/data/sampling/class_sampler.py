@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import Normalization, normalization_of
 from distill_at_scale.data.sampling import placement
 from distill_at_scale.data.sampling.lookahead import DrawRequest, Lookahead
-from distill_at_scale.data.sampling.placement import InMemory, InShards, MemoryBudget, Placement
+from distill_at_scale.data.sampling.placement import InMemory, InShards, MemoryBudget, Placement, Places
 
 MAX_THREADS = 8  # that decode the JPEGs of a draw
 
@@ -89,6 +90,17 @@ class ClassSampler:
             stored[start : start + count] = self.placement.of_class(label)
             start += count
         return stored, labels
+
+    def renew(self, prepared: PreparedDataset, places: Places) -> None:
+        """Keep other samples of some classes from now on, as many as before, at these positions within the class, ascending.
+
+        Later draws have the rows that they would have had.
+        """
+        change = partial(self.placement.renew, prepared, places)
+        if self.lookahead is None:
+            change()
+        else:
+            self.lookahead.change(change)
 
     def schedule(self, requests: Iterable[DrawRequest]) -> None:
         """Announce the coming draws in their order: each is read while the one before it is used.

@@ -38,6 +38,12 @@ class Lookahead(Generic[T]):
         self.scheduled = iter(requests)
         self._start_next()
 
+    def change(self, change: Callable[[], None]) -> None:
+        """Change what is read, in the thread that reads; what was read in advance is read again."""
+        self.thread.submit(change).result()
+        if self.next is not None:
+            self.next = self.next[0], self.thread.submit(self.answer, self.next[0])
+
     def __call__(self, request: DrawRequest) -> T:
         if self.next is None or self.next[0] != request:
             self.misses += 1

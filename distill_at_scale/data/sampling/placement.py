@@ -6,7 +6,7 @@ bytes. Pruned samples are identified by id, class by class, and never decoded.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +69,11 @@ class InMemory:
             held.pixels[label].copy_(_loaded(prepared, label, inside))
         return held
 
+    def renew(self, prepared: PreparedDataset, places: Places) -> None:
+        """Hold other samples of some classes, as many as before, at these positions within the class, ascending."""
+        for label, inside in places.items():
+            self.pixels[label].copy_(_loaded(prepared, label, inside))
+
     def take(self, label: int, rows: Tensor) -> Tensor:
         """The kept samples of a class at some rows [n], in that order."""
         return self.take_all([label], [rows])
@@ -92,6 +97,9 @@ class InShards:
         self.prepared, self.places, self.threads = prepared, places, threads
         self.counts = {label: len(inside) for label, inside in places.items()}
 
+    def renew(self, prepared: PreparedDataset, places: Places) -> None:
+        self.places = {**self.places, **places}
+
     def take(self, label: int, rows: Tensor) -> Tensor:
         order = torch.argsort(rows).numpy()
         ascending = self.prepared.take("train", label, self.places[label][rows.numpy()[order]], self.threads)
@@ -109,13 +117,20 @@ class InShards:
 Placement = InMemory | InShards
 
 
-def _loaded(prepared: PreparedDataset, label: int, places: Array) -> Tensor:
-    """The samples at some positions of a class, read in parts to bound the memory."""
-    stored = np.empty((len(places), *prepared.shape), prepared.dtype)
+def read_in_parts(prepared: PreparedDataset, label: int, places: Array, threads: int = 1) -> Iterator[Tensor]:
+    """The samples at some positions of a class, ascending: READ_BYTES at a time [n, *shape], to bound the memory."""
     at_once = max(1, READ_BYTES // max(1, prepared.sample_bytes))
     for start in range(0, len(places), at_once):
-        stored[start : start + at_once] = prepared.take("train", label, places[start : start + at_once])
-    return torch.from_numpy(stored)
+        yield torch.from_numpy(prepared.take("train", label, places[start : start + at_once], threads))
+
+
+def _loaded(prepared: PreparedDataset, label: int, places: Array) -> Tensor:
+    """The samples at some positions of a class, ascending [n, *shape]."""
+    stored, start = torch.from_numpy(np.empty((len(places), *prepared.shape), prepared.dtype)), 0
+    for part in read_in_parts(prepared, label, places):
+        stored[start : start + len(part)] = part
+        start += len(part)
+    return stored
 
 
 @dataclass(frozen=True)

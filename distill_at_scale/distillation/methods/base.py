@@ -35,6 +35,8 @@ OVERFLOW_MARGIN = 1e30  # well below the largest float32
 OPTIMIZER_KEYS = {"momentum_buffer": "momentum", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "step": "adam_steps"}
 
 Problem = TypeVar("Problem")
+# a label and samples of its class, normalised, in parts [n, *shape] on the device -> a value of each; low ones are typical
+Judge = Callable[[int, Iterable[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,13 @@ class Method:
         All workers call it for the same `i`, so collectives must be called equally often in each.
 
         Raises DistillationDiverged if a loss or a gradient is not finite; the images are as before the failing update.
+        """
+        raise NotImplementedError
+
+    def judge(self, step: int) -> Judge:
+        """How samples are rated for `select.refresh` after `step(step)`; optional. The images must stay as they are.
+
+        All workers call it, so it may use collectives. A class's values must not depend on which worker owns it.
         """
         raise NotImplementedError
 

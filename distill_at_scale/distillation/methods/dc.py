@@ -10,12 +10,14 @@ import torch
 from distill_at_scale.config.methods import DCSection
 from distill_at_scale.core.rng import generator
 from distill_at_scale.data.sampling.lookahead import DrawRequest
-from distill_at_scale.distillation.methods.base import MethodContext
+from distill_at_scale.distillation.methods.base import Judge, MethodContext
 from distill_at_scale.distillation.methods.shared.gradient_distance import cosine_distance, gradient_in_parts
 from distill_at_scale.distillation.methods.shared.gradient_matching import MatchingMethod
 
 # ipc -> outer, inner loops of the official code
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
+
+JUDGE_EPOCHS = 50  # of training, at least, before a network rates samples for select.refresh
 
 
 def default_loops(ipc: int) -> tuple[int, int]:
@@ -53,17 +55,22 @@ class DC(MatchingMethod):
             self.set_batch_norm_statistics(i, outer)
             total += self.match(i, outer, i * self.outer + outer)
             if outer < self.outer - 1:
-                self._train_network(i, outer)
+                self._train_network(i, outer, self.inner)
         self.raise_if_diverged()
         return self.metrics(total, self.outer)
 
-    def _train_network(self, step: int, outer: int) -> None:
-        """`inner` epochs of SGD on the whole synthetic set; workers sum the gradients of their own classes' images."""
+    def judge(self, step: int) -> Judge:
+        """The losses under the step's network, after at least JUDGE_EPOCHS epochs on the synthetic set."""
+        self._train_network(step, self.outer - 1, JUDGE_EPOCHS - (self.outer - 1) * self.inner)
+        return super().judge(step)
+
+    def _train_network(self, step: int, outer: int, epochs: int) -> None:
+        """Some epochs of SGD on the whole synthetic set; workers sum the gradients of their own classes' images."""
         size = self.context.spec.classes * self.ipc
         labels = torch.tensor(self.context.labels).repeat_interleave(self.ipc)
         indices = labels * self.ipc + torch.arange(self.ipc).repeat(len(self.context.labels))  # within the whole set
         syn, parameters = self.images.detach().flatten(0, 1), list(self.net.parameters())
-        for epoch in range(self.inner):
+        for epoch in range(epochs):
             order = torch.randperm(size, generator=generator(self.context.seed, "inner order", step, outer, epoch))
             for number, batch in enumerate(order.split(self.options.network_batch)):
                 own = torch.isin(indices, batch)

@@ -6,7 +6,7 @@ memory does not grow with the number of classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache, partial
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from distill_at_scale.core.rng import derive, generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.data.sampling.lookahead import DrawRequest
 from distill_at_scale.distillation.augment import Augmentation, AugmentParams, apply_each
-from distill_at_scale.distillation.methods.base import USUAL_WORKERS, ImageMethod, MethodContext
+from distill_at_scale.distillation.methods.base import USUAL_WORKERS, ImageMethod, Judge, MethodContext
 from distill_at_scale.distillation.methods.shared.treatment_effect import feature_effects
 from distill_at_scale.models.forward_mode import ForwardMode
 from distill_at_scale.models.precision import Precision, autocast
@@ -106,6 +106,17 @@ class DM(ImageMethod):
         numbers = self.update(torch.cat(losses).unbind(), i)
         self.raise_if_diverged()
         return {"loss": sum(numbers) / len(numbers), "real_share": used / drawn}
+
+    def judge(self, step: int) -> Judge:
+        """The squared distances of features from the mean of the samples, in the random network of the step."""
+        embed = self.forward_mode.eager(self._embed_real)  # its parts do not depend on the number of workers
+
+        @torch.no_grad()
+        def distances(label: int, parts: Iterable[Tensor]) -> Tensor:
+            features = torch.cat([in_parts(embed, self.layout.images(x), self.at_once) for x in parts])
+            return (features - features.mean(0)).square().sum(1)
+
+        return distances
 
     def _real_means(
         self, syn: Tensor, labels: list[int], params: list[AugmentParams], step: int

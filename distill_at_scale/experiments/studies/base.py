@@ -18,9 +18,9 @@ from distill_at_scale.experiments.points import PointSet
 from distill_at_scale.pipeline.report.plot_spec import Plot
 
 BY_RATE: Mapping[str, Any] = {"select.per_class": None, "select.stratum_start": 0.0}  # only select.keep sets the number
-STATIC: Mapping[str, Any] = {**BY_RATE, "runtime.rule": "none"}
+STATIC: Mapping[str, Any] = {**BY_RATE, "runtime.rule": "none", "select.refresh": None}
 UNPRUNED: Mapping[str, Any] = {**STATIC, "select.keep": 1.0}
-RANDOM: Mapping[str, Any] = {"select.criterion": "random"}
+RANDOM: Mapping[str, Any] = {"select.criterion": "random", "select.refresh": None}
 
 
 @dataclass(frozen=True)

@@ -339,7 +339,7 @@ class DryRun:
         """
         kept = self.kept_of(facts)
         looks = {"rule": rule, "refresh": min(self.config.runtime.refresh, REFRESH)}
-        key, base = ("steps", spread, rule, kept), changed(self.config, runtime=looks)
+        key, base = ("steps", spread, rule, kept), changed(self.config, runtime=looks, select={"refresh": None})
         period = base.runtime.refresh if engine.prunes(base) else 1
         if key in self.seen:
             return self.seen[key]

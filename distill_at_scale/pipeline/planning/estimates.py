@@ -157,6 +157,10 @@ class Planner:
         step, own, held = measured.steps(facts, spread, self.config.runtime.rule), facts.classes, measured.classes
         if method.parallel == "classes":
             own, held = -(-own // spread.side), -(-held // min(spread.side, measured.most))
+        if every := self.config.select.refresh:  # rating a sample takes about as long as testing it
+            rated = (engine.step_count(self.config) - 1) // every * self.config.select.refresh_pool * facts.train
+            tested = next(iter(self._trainings().values())).last / measured.tests
+            parts.append(("renew the kept samples", rated / spread.side, Rate.fixed(tested)))
         notes = [f"measured on {held} of a worker's {own} classes and scaled up"] if held < own else []
         parts += [("prepare", 1, Rate.fixed(step.once))]
         parts += [("steps", engine.step_count(self.config), step.times(max(1.0, own / held)))]

@@ -63,6 +63,7 @@ def distil(context: RunContext, data: PreparedDataset) -> list[Control]:
 def control_config(config: Config, name: str) -> Config:
     """The configuration that a control is distilled with."""
     changes: dict[str, Any] = {"distill": config.distill.model_copy(update={"evaluate_every": 0})}
+    changes["select"] = config.select.model_copy(update={"refresh": None})
     if name == UNPRUNED:
         changes["runtime"] = config.runtime.model_copy(update={"rule": "none"})
     return config.model_copy(update=changes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from distill_at_scale.config.fields import Section, result_values
+from distill_at_scale.config.fields import Section, flatten, result_values
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import DistillSection
 from distill_at_scale.core.errors import UserError
@@ -43,6 +43,8 @@ def inputs(config: Config, run: RunDir) -> StageInputs:
         both_tails = engine.method_class(config).both_tails
         unused = () if config.runtime.rule == "ite" else ITE_KEYS if both_tails else ("runtime.tail", *ITE_KEYS)
         values |= {k: v for k, v in result_values(config.runtime, "runtime.").items() if k not in unused}
+    if config.select.refresh:
+        values |= {key: value for key, value in flatten(config.select, "select.").items() if key in engine.REFRESH_KEYS}
     content = {stage: run.content(stage) for stage in ("ingest", "select")}
     try:  # the hash of a teacher's ready-made weights; where the file is gone, that of the finished stage
         digest = engine.method_class(config).network_options(config).get("teacher_weights")
@@ -94,6 +96,10 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
         facts["dropped_share"] = round(dropped, 4)
         asked = f"runtime.drop: {config.runtime.drop:.1%}"
         display.say(f"  runtime pruning left out {dropped:.1%} of the real batches ({asked})")
+    if every := config.select.refresh:
+        renewed, times = result_checks.logged(paths.log, "renewed")[-1], (engine.step_count(config) - 1) // every
+        card["refresh"] = facts["refresh"] = {"every": every, "times": times, "renewed_share": round(renewed, 4)}
+        display.say(f"  the kept samples were renewed {times} times; {renewed:.1%} of them are not in the first set")
     for line in warnings:
         display.say(f"  warning: {line}")
     synthetic_set.publish_in_run(synthetic, run_dir / "synthetic", card)

@@ -6,7 +6,7 @@ from distill_at_scale.config.fields import result_values
 from distill_at_scale.config.load import Config
 from distill_at_scale.data.prepared import manifest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
-from distill_at_scale.distillation import engine as distill
+from distill_at_scale.distillation import engine
 from distill_at_scale.pipeline.stages.context import RunContext, StageOutput
 from distill_at_scale.pruning.scoring import extra_columns, score_table
 from distill_at_scale.pruning.selection import checks
@@ -18,7 +18,8 @@ from distill_at_scale.storage.stage_record import StageInputs
 
 def inputs(config: Config, run: RunDir) -> StageInputs:
     resolved = {"criterion": config.criterion, "min_per_class": config.min_per_class, "seed": config.select_seed}
-    values = result_values(config.select, "select.") | {f"select.{key}": value for key, value in resolved.items()}
+    values = {k: v for k, v in result_values(config.select, "select.").items() if k not in engine.REFRESH_KEYS}
+    values |= {f"select.{key}": value for key, value in resolved.items()}
     return StageInputs(values, {"score": run.content("score")})
 
 
@@ -31,7 +32,7 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
         facts = selection.select(
             scores, out, config.select, criterion, low_is_useful, config.min_per_class, config.select_seed
         )
-        distill.check_inputs(config, PreparedDataset(run_dir / "prepared"), facts["kept_per_class"])
+        engine.check_inputs(config, PreparedDataset(run_dir / "prepared"), facts["kept_per_class"])
         folders = [run_dir.path] if run_dir.reuse is None else [run_dir.path, run_dir.reuse.path]
         facts["warnings"] = checks.selection_warnings(
             [criterion] if isinstance(criterion, str) else list(criterion),

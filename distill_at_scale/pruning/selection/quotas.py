@@ -45,7 +45,7 @@ class Cut:
         count = len(ranks)
         wanted = requested(self.config, count)
         number = min(count, max(wanted, self.minimum))
-        return _window(self.config, ranks, number), number > wanted
+        return window(self.config, ranks, number), number > wanted
 
     def facts(self) -> dict[str, Any]:
         """Additional entries of the manifest's metadata."""
@@ -80,7 +80,7 @@ class AdaptiveCut(Cut):
         self.raised = {label for label, few in zip(self.labels, np.floor(fair + 0.5) < lowest, strict=True) if few}
 
     def __call__(self, label: int, keys: Array, ranks: Array) -> tuple[Array, bool]:
-        return _window(self.config, ranks, self.numbers[label]), label in self.raised
+        return window(self.config, ranks, self.numbers[label]), label in self.raised
 
     def facts(self) -> dict[str, Any]:
         """Kept share and spread of each class with samples, by label."""
@@ -159,7 +159,7 @@ def build_cut(config: SelectSection, minimum: int, reader: ScoreReader, ranking:
     return (GlobalCut if config.scope == "global" else AdaptiveCut)(config, minimum, reader, ranking)
 
 
-def _window(config: SelectSection, ranks: Array, number: int) -> Array:
+def window(config: SelectSection, ranks: Array, number: int) -> Array:
     """Which ranks [n] of a class are kept, bool [n]: `number` of them from the first, or from the start of the stratum."""
     start = _start(config, len(ranks), number)
     kept: Array = ranks < start + number

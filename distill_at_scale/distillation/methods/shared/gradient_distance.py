@@ -73,7 +73,7 @@ def gradient_in_parts(
 
 
 @torch.no_grad()
-def sample_losses(network: nn.Module, images: Tensor, targets: Tensor, at_once: int) -> Tensor:
+def sample_losses(network: Forward, images: Tensor, targets: Tensor, at_once: int) -> Tensor:
     """The cross-entropy of each image [n]; `targets` are classes [n]."""
     pairs = zip(images.split(at_once), targets.split(at_once), strict=True)
     return torch.cat([F.cross_entropy(network(part), t, reduction="none") for part, t in pairs])

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, partial
 from typing import ClassVar
 
@@ -27,7 +27,7 @@ from distill_at_scale.core.rng import derive, generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.data.sampling.lookahead import DrawRequest
 from distill_at_scale.distillation.augment import Augmentation, AugmentParams, apply_each
-from distill_at_scale.distillation.methods.base import USUAL_WORKERS, ImageMethod, MethodContext
+from distill_at_scale.distillation.methods.base import USUAL_WORKERS, ImageMethod, Judge, MethodContext
 from distill_at_scale.distillation.methods.shared.class_gradients import class_gradients, supports_class_gradients
 from distill_at_scale.distillation.methods.shared.gradient_distance import (
     GradientDistance,
@@ -184,6 +184,15 @@ class MatchingMethod(ImageMethod):
             self.images.grad[first : first + size] = torch.autograd.grad(seen, syn, grad_seen)[0]
             distances += group_distances
         return sum(self.update(distances, step))
+
+    def judge(self, step: int) -> Judge:
+        """The losses of samples, without augmentation, under the network as the step left it."""
+
+        def losses(label: int, parts: Iterable[Tensor]) -> Tensor:
+            return torch.cat([sample_losses(self.forward, x, torch.full((len(x),), label, device=x.device), self.part)
+                              for x in parts])  # fmt: skip
+
+        return losses
 
     def metrics(self, total: float, updates: int) -> dict[str, float]:
         """The metrics of a step: mean distance per class and update, and the share of real samples left by pruning."""

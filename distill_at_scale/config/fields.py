@@ -90,7 +90,7 @@ def result_values(
             if not neutral:
                 continue
             value = field.get_default(call_default_factory=True)
-        elif kind == "unless default" and not (in_ids and (unused or neutral)) and value in _neutral_values(field):
+        elif kind == "unless default" and not (neutral or (unused and in_ids)) and value in _neutral_values(field):
             continue
         if isinstance(value, BaseModel):
             values |= result_values(value, f"{prefix}{name}.", locations=locations, unused=unused, neutral=neutral)

@@ -43,7 +43,7 @@ def test_the_keys_that_were_added_later():
         "data.label_pattern", "data.test_pattern", "data.rate", "data.seconds", "data.bands",
         "score.early", "score.late", "score.features", "score.neighbours",
         "score.imported_useful", "evaluate.control", "evaluate.controls",
-        "distill.precision", "evaluate.precision",
+        "distill.precision", "evaluate.precision", "select.refresh", "select.refresh_pool",
     }  # fmt: skip
 
 

@@ -30,15 +30,16 @@ class Refresh:
     """The kept samples of one worker's classes and their renewal.
 
     Attributes:
-        first, kept: label -> positions within the class of the samples that are kept, ascending: by the manifest, and now.
-            Empty without `select.refresh`.
+        first, kept, pool: label -> positions within the class, ascending, of the samples that the manifest keeps, of those
+            that are kept now, and of all that are not held out. Empty without `select.refresh`.
     """
 
     def __init__(
         self, config: Config, prepared: PreparedDataset, manifest: Path, sampler: ClassSampler, method: Method
     ) -> None:
         self.config, self.prepared, self.sampler, self.method = config, prepared, sampler, method
-        self.first = kept_places(prepared, manifest, sampler.placement.counts) if config.select.refresh else {}
+        labels = sampler.placement.counts if config.select.refresh else {}
+        self.first, self.pool = (kept_places(prepared, manifest, labels, others) for others in (False, True))
         self.kept = dict(self.first)
         self.ranking = build_ranking("value", True, config.select.order, 0)
 
@@ -62,10 +63,10 @@ class Refresh:
 
     def _candidates(self, label: int, step: int) -> Array:
         """Positions of the samples that a renewal chooses from, ascending: the kept ones and a random part of the class."""
-        count = self.prepared.counts("train")[label]
-        order = rng.numpy_generator(self.config.distill_seed, "refresh pool", step, label).permutation(count)
-        drawn = order[: math.ceil(self.config.select.refresh_pool * count)]
-        return np.union1d(self.kept[label], drawn).astype(np.int32)
+        pool = self.pool[label]
+        order = rng.numpy_generator(self.config.distill_seed, "refresh pool", step, label).permutation(len(pool))
+        drawn = pool[order[: math.ceil(self.config.select.refresh_pool * len(pool))]]
+        return np.union1d(self.kept[label], drawn)
 
     def _keep(self, label: int, places: Array) -> None:
         if not np.array_equal(places, self.kept[label]):

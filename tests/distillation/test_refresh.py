@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 
 from distill_at_scale.config.fields import result_values
 from distill_at_scale.core.errors import UserError
+from distill_at_scale.data.prepared import manifest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import normalization_of
 from distill_at_scale.data.sampling.placement import kept_places
@@ -149,10 +152,38 @@ def test_a_draw_that_was_read_in_advance_is_read_again(places):
     assert same(runs["device"], runs["shards"])
 
 
+def test_held_out_samples_are_never_rated(places, tmp_path):
+    """Without those of even rank, a renewal ranks the others only; the kept samples, a fifth, are the first ones."""
+    table, facts = manifest.read(places.manifest)
+    ranks = table["rank"].to_numpy()
+    ranks = np.where(~table["kept"].to_numpy() & (ranks % 2 == 0), -1, ranks).astype(np.int32)
+    held_out = replace(places, manifest=tmp_path / "held_out.parquet")
+    manifest.write(held_out.manifest, table.set_column(3, "rank", pa.array(ranks)), facts)
+    run = start(held_out, **keys_of("dm", select__refresh=2, select__refresh_pool=1.0))
+    ids, kept, judge = PreparedDataset(places.prepared), run.refresh.first, run.method.judge
+    allowed, rated = dict[int, list[int]](), dict[int, torch.Tensor]()
+    for label in kept:
+        outside = {row["sample_id"] for row, rank in zip(table.to_pylist(), ranks, strict=True) if rank < 0}
+        names = ids.ids("train", label).to_pylist()
+        allowed[label] = [place for place, name in enumerate(names) if name not in outside]
+
+    def spy(step):
+        def rate(label, parts):
+            rated[label] = torch.cat(list(parts))
+            return judge(step)(label, [rated[label]])
+
+        return rate
+
+    run.method.judge = spy
+    run.run()
+    for label, inside in allowed.items():
+        assert len(kept[label]) < len(inside) < len(real_images(places, label))
+        assert torch.equal(rated[label], real_images(places, label)[inside])
+
+
 def test_a_class_without_other_samples_is_not_rated(places):
     run = start(places, **keys_of("dm", select__refresh=1))
-    prepared = PreparedDataset(places.prepared)
-    run.refresh.kept = {c: np.arange(prepared.counts("train")[c], dtype=np.int32) for c in range(3)}
+    run.refresh.kept = run.refresh.pool
     run.method.judge = lambda step: lambda label, parts: pytest.fail("rated")
     run.refresh.renew(0)
 

@@ -89,17 +89,21 @@ def kept(path: Path) -> pa.ChunkedArray:
     return pa.chunked_array(chunks, pa.string())
 
 
-def kept_in_parts(path: Path, labels: Collection[int]) -> Iterator[tuple[int, pa.Array]]:
-    """(label, ids of kept samples) for some classes, row group by row group; other groups only have their labels read."""
+def kept_in_parts(path: Path, labels: Collection[int], others: bool = False) -> Iterator[tuple[int, pa.Array]]:
+    """(label, ids of kept samples) for some classes, row group by row group; other groups only have their labels read.
+
+    With `others` also of the samples that are not kept, except those that are held out: their rank is negative.
+    """
     file, wanted = _open(path), np.array(sorted(labels), np.int32)
     with parquet.reading(path, "select"):
         for group in range(file.num_row_groups):  # statistics in the footer name the labels, too, but may lie
             if not np.isin(parquet.read_group(file, group, ["label"])["label"], wanted).any():
                 continue
-            table = parquet.read_group(file, group, ["label", "kept"])
+            table = parquet.read_group(file, group, ["label", "rank" if others else "kept"])
             parquet.check_values(table, path, "select")
             labels_here = table["label"].to_numpy()
-            mask = table["kept"].to_numpy() & np.isin(labels_here, wanted)
+            chosen = table["rank"].to_numpy() >= 0 if others else table["kept"].to_numpy()
+            mask = chosen & np.isin(labels_here, wanted)
             if mask.any():
                 ids = parquet.read_group(file, group, ["sample_id"])["sample_id"].combine_chunks()
                 ids, kept_labels = ids.take(pa.array(np.flatnonzero(mask))), labels_here[mask]

@@ -30,13 +30,17 @@ CGROUPS = [
 Places = Mapping[int, Array]  # label -> positions of the kept samples within the class, ascending
 
 
-def kept_places(prepared: PreparedDataset, manifest: Path, labels: Collection[int]) -> dict[int, Array]:
+def kept_places(
+    prepared: PreparedDataset, manifest: Path, labels: Collection[int], others: bool = False
+) -> dict[int, Array]:
     """Positions of the kept samples of some classes. Ids are joined class by class, so memory holds those of one.
+
+    With `others` also of the samples that are not kept, except those that are held out.
 
     Raises UserError for a class without kept samples, and if the manifest keeps samples that the data lack.
     """
     masks = {label: np.zeros(prepared.counts("train")[label], bool) for label in sorted(labels)}
-    for label, ids in kept_in_parts(manifest, labels):
+    for label, ids in kept_in_parts(manifest, labels, others):
         mask = pc.is_in(prepared.ids("train", label), ids).to_numpy(zero_copy_only=False)
         if mask.sum() != len(ids):
             lost, name = len(ids) - mask.sum(), prepared.class_names[label]

@@ -284,6 +284,15 @@ def run_studies(config: Config, display: Display) -> None:
             display.say(f"{label}: {run.place(name) if run.remote else (run / name).resolve()}")
 
 
+def compare_runs(config: Config, others: Sequence[str], display: Display) -> None:
+    """Compare the finished run of a configuration with those of others, and write its page and its report again."""
+    from distill_at_scale.experiments.compare import run as compare
+
+    configs = [config, *(load_config(name) for name in others)]
+    compare.run(configs, display, partial(make_executor, config, display))
+    make_pipeline(config, display).run(("report",))
+
+
 def plan_run(config: Config, display: Display) -> None:
     """Print what each stage will take on this machine. Raises UserError for what cannot fit."""
     from distill_at_scale.experiments import auto_keep_rate

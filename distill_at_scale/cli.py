@@ -239,6 +239,30 @@ def study(config: ConfigName, overrides: Overrides = None) -> int:
 
 
 @app.command(epilog=examples(
+    "compare runs/dc runs/dm",
+    "compare runs/dc runs/dm compare.labels='[hard,soft]' compare.networks='[convnet,resnet18,vgg11,alexnet]'",
+    "compare runs/dc compare.external='{theirs: downloads/set.pt}' compare.seeds=5",
+))  # fmt: skip
+def compare(
+    configs: Annotated[
+        list[str],
+        typer.Argument(metavar="CONFIG... [section.key=value]", show_default=False,
+                       help="Finished runs (run folders or their configurations) of the same data, and keys to set."),
+    ],
+) -> int:  # fmt: skip
+    """Compare distilled sets with real samples and other sets.
+
+    All are trained with the same recipes. The first run decides data, test split and recipes. The real samples are as many
+    images as a set has, or as many as fit into its bytes. Writes compare.html, compare.parquet and compare.json to
+    compare/ in the folder of the first run, and its report again.
+    """
+    runs = [word for word in configs if "=" not in word or Path(word).exists()]
+    overrides = [word for word in configs if word not in runs]
+    first = runs[0] if runs else configs[0]
+    return _work("compare", first, overrides, lambda config, display: das.compare_runs(config, runs[1:], display))
+
+
+@app.command(epilog=examples(
     "export digits --imagefolder out/digits --pt out/digits.pt",
     "export runs/digits --parquet out/digits   # of a run folder, for datasets.load_dataset",
     "export digits --scores scores.csv",

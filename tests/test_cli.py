@@ -189,7 +189,7 @@ def test_the_help_names_every_command(capsys):
     assert cli.main(["--help"]) == 0
     out = output(capsys)[0]
     assert cli.STAGES == STAGES
-    assert {"run", "validate", "plan", "sweep", "study", "export", *STAGES} <= set(cli.commands())
+    assert {"run", "validate", "plan", "sweep", "study", "compare", "export", *STAGES} <= set(cli.commands())
     for name in cli.commands():
         assert re.search(rf"^  {name} +\w.*\w\.$", out, re.MULTILINE), f"{name} has no summary of one line"
 

@@ -1,4 +1,4 @@
-"""The sections of sweeps and studies: every key, its type, range and default."""
+"""The sections of sweeps, studies and comparisons: every key, its type, range and default."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, field_validator
 
 from distill_at_scale.config.fields import Section
+from distill_at_scale.config.methods import TeacherSection
 
 Study = Literal["critical_ratio", "stratified", "drop", "interaction", "stability", "across"]
 STUDIES: tuple[Study, ...] = get_args(Study)
 Control = Literal["unpruned", "random"]
+Labels = Literal["hard", "soft", "views"]
+Baseline = Literal["random", "herding", "k_center", "easiest", "cad"]
 
 
 class SweepSection(Section):
@@ -100,4 +103,58 @@ class StudiesSection(Section):
     def _no_repeats(cls, value: list[Study]) -> list[Study]:
         if not value or len(set(value)) != len(value):
             raise ValueError("name at least one study, and each once")
+        return value
+
+
+class CompareTeacherSection(TeacherSection):
+    """The teacher whose labels all sets get (labels: soft, views); it is trained on the whole training split."""
+
+    teacher_network: str = Field("convnet", description="teacher network")
+    teacher_epochs: int = Field(30, ge=1, description="epochs of teacher training")
+
+
+class CompareSection(Section):
+    """Distilled sets, real samples and sets from elsewhere, all trained with the same recipes; the command `compare`."""
+
+    labels: list[Labels] = Field(
+        ["hard"],
+        min_length=1,
+        description="labels to train with. hard: the class; soft: one soft label per image, by the teacher or learned with the "
+        "set; views: a soft label of the teacher for each random crop",
+    )
+    augment: Literal["both", "with", "without"] = Field(
+        "both", description="train with augmentation, without, or both; views: flips and CutMix besides the crops"
+    )
+    strategy: str | None = Field(
+        None,
+        description="augmentation of labels: hard, soft; null: the first run's, or all families if it has none",
+    )
+    networks: list[str] = Field([], description="networks to train; empty: evaluate.networks of the first run")
+    seeds: int | None = Field(None, ge=1, description="networks of each kind per set; null: evaluate.seeds")
+    epochs: int | None = Field(
+        None, ge=1, description="epochs of every set; null: evaluate.epochs, or those of the first run's set"
+    )
+    baselines: list[Baseline] = Field(list(get_args(Baseline)), description="real training samples to compare with")
+    budgets: list[Literal["images", "bytes"]] = Field(
+        ["images", "bytes"],
+        min_length=1,
+        description="sizes of the baselines: as many images per class as a set, or as many as fit into its bytes",
+    )
+    full_seeds: int = Field(
+        1,
+        ge=0,
+        description="networks trained on the whole training split for evaluate.bound_epochs; 0: no label-robust score",
+    )
+    external: dict[str, str] = Field(
+        {},
+        description="sets from elsewhere, name: path of an image folder, .pt file, Hugging Face Parquet or synthetic set",
+    )
+    dir: str | None = Field(None, description="folder of the results; null: compare/ in the folder of the first run")
+    teacher: CompareTeacherSection = CompareTeacherSection()
+
+    @field_validator("labels", "networks", "baselines", "budgets")
+    @classmethod
+    def _each_once(cls, value: list[str]) -> list[str]:
+        if len(set(value)) != len(value):
+            raise ValueError("each may be named once")
         return value

@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from distill_at_scale.config import explain, sections, shipped, typed_yaml
-from distill_at_scale.config.experiments import StudiesSection, SweepSection
+from distill_at_scale.config.experiments import CompareSection, StudiesSection, SweepSection
 from distill_at_scale.config.fields import Section, execution_key
 from distill_at_scale.config.keys import annotation_of, section_of
 from distill_at_scale.config.methods import DistillSection
@@ -39,6 +39,7 @@ class Config(Section):
     track: sections.TrackSection = execution_key(sections.TrackSection())
     sweep: SweepSection = execution_key(SweepSection())
     studies: StudiesSection = execution_key(StudiesSection())
+    compare: CompareSection = execution_key(CompareSection())
 
     @model_validator(mode="after")
     def _select_fits(self) -> Config:

@@ -1,4 +1,4 @@
-"""Mean, standard deviation and Welch's t-interval of a difference, for runs, sweeps and studies alike."""
+"""Mean, standard deviation, and t-intervals of means and of differences (Welch), for runs, sweeps and studies alike."""
 
 from __future__ import annotations
 
@@ -32,6 +32,16 @@ def welch(*samples: tuple[float, int]) -> tuple[float, float]:
     if total <= 0:
         return 0.0, 1.0
     return math.sqrt(total), total**2 / sum(variance**2 / (size - 1) for variance, size in samples)
+
+
+def mean_interval(mean: float, std: float | None, n: int) -> tuple[float, float] | None:
+    """The confidence interval of a mean over n values by Student's t; None for a single value."""
+    from scipy.stats import t  # takes a second to import
+
+    if std is None:
+        return None
+    reach = std / math.sqrt(n) * float(t.ppf((1 + CONFIDENCE) / 2, n - 1))
+    return mean - reach, mean + reach
 
 
 def welch_interval(ours: Sample, theirs: Sample) -> tuple[float, float] | None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.core import rng
@@ -21,6 +22,7 @@ from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.core.progress import Progressed
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.manifest import kept
+from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.distillation import student as students
 from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.soft_labels import TeacherLabels
@@ -70,21 +72,25 @@ class Evaluator:
         `folder` holds the set of a control that is distilled; `progressed` takes per cent of the training. Raises
         DistillationDiverged, naming the job, if the trained weights are not finite.
         """
-        started = time.perf_counter()
         distill, classes = self.config.distill, len(self.prepared.class_names)
         spec = NetworkSpec(job.network, self.prepared.shape, classes, distill.width, distill.depth, self.prepared.kind)
         seed = rng.derive(self.config.run.seed, "evaluation", job.set, job.network, job.seed)
         synthetic = self.synthetic if folder is None else synthetic_set.load(folder)
-        protocol = self._protocol(job, synthetic)
-        data, precision = self._training_set(job, synthetic), self.config.evaluate.precision
-        network = students.train(spec, data, protocol, seed, self.device, precision, progressed)
-        normalization, at_once = self.synthetic.normalization, spec.microbatch(self.device)
-        accuracy = students.test(network, *self.test, normalization, self.device, at_once, precision)
-        if not all(torch.isfinite(p).all() for p in network.parameters()):
-            raise DistillationDiverged(
-                f"evaluation diverged for {job}, at a learning rate of {protocol.lr:g}; lower evaluate.lr"
-            )
-        return {**asdict(job), **asdict(accuracy), "seconds": round(time.perf_counter() - started, 3)}
+        protocol, started = self._protocol(job, synthetic), time.perf_counter()
+        data, test, precision = self._training_set(job, synthetic), self.test, self.config.evaluate.precision
+        normalization = self.synthetic.normalization
+        result = train_and_test(
+            spec,
+            data,
+            protocol,
+            seed,
+            (*test, normalization),
+            self.device,
+            precision,
+            progressed,
+            f"evaluation of {job}",
+        )
+        return {**asdict(job), **result, "seconds": round(time.perf_counter() - started, 3)}
 
     def _protocol(self, job: EvaluationJob, synthetic: SyntheticSet) -> TrainingProtocol:
         protocol, section = synthetic.protocol, self.config.evaluate
@@ -116,6 +122,22 @@ class Evaluator:
     def _teacher_labels(self) -> TeacherLabels:
         section = getattr(self.config.distill, self.config.distill.method, None)
         return self.synthetic.teacher_labels(self.device, getattr(section, "teacher_network", None))
+
+
+def train_and_test(
+    spec: NetworkSpec, data: TrainingSet, protocol: TrainingProtocol, seed: int, test: tuple[Tensor, Tensor, Normalization],
+    device: torch.device, precision: str, progressed: Progressed, name: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Train a network on a set, and test its last epoch on stored samples, their labels and their normalisation.
+
+    Returns top1, top5 (fractions of the test samples) and per_class. Raises DistillationDiverged, with `name`, if the trained
+    weights are not finite.
+    """
+    network = students.train(spec, data, protocol, seed, device, precision, progressed)
+    accuracy = students.test(network, *test, device, spec.microbatch(device), precision)
+    if not all(torch.isfinite(p).all() for p in network.parameters()):
+        raise DistillationDiverged(f"{name} diverged, at a learning rate of {protocol.lr:g}; lower evaluate.lr")
+    return asdict(accuracy)
 
 
 class DataSummary(Protocol):

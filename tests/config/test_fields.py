@@ -25,7 +25,7 @@ def test_the_keys_that_never_change_results():
         "run.dir", "run.scratch", "run.retry_seconds", "run.reuse", "run.redo", "score.monte_carlo.at_once",
         "score.workers", "score.check_weights",
         "select.auto", "distill.workers", "distill.evaluate_every", "distill.checkpoint_every", "distill.hold",
-        "cluster", "track", "sweep", "studies",
+        "cluster", "track", "sweep", "studies", "compare",
     }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from distill_at_scale.distillation.result_checks import dropped_share
 from distill_at_scale.distillation.summary import differences
 from distill_at_scale.distillation.synthetic_set import SyntheticSet
 from distill_at_scale.pipeline.monitoring import timeline
-from distill_at_scale.pipeline.report import charts, html, run_plots, text, timeline_chart
+from distill_at_scale.pipeline.report import charts, comparison, html, run_plots, text, timeline_chart
 from distill_at_scale.pipeline.report.plot_spec import Plot, Role, Series
 from distill_at_scale.pipeline.report.style import SET_NAMES, both_widths
 from distill_at_scale.pruning.scoring import score_table
@@ -79,6 +79,7 @@ def contents(run: RunDir, config: Config) -> dict[str, Any]:
         "one_distillation": text.ONE_DISTILLATION,
         "evaluation": _evaluation(evaluation, len(prepared.class_names)),
         "pruning": _pruning(evaluation, records, selection, synthetic.card),
+        "comparison": comparison.of_run(run / "compare" / "compare.json"),
         "per_class": _per_class(evaluation.get("summary", []), prepared.class_names),
         "usage": text.usage(synthetic.card, words, run.named, source.get("resize", "square")),
         "synthetic": _synthetic(synthetic),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from distill_at_scale.config.load import Config
+from distill_at_scale.core.atomic_files import file_digest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.pipeline.report import run_report
 from distill_at_scale.pipeline.stages.context import RunContext, StageOutput
@@ -14,7 +15,10 @@ def inputs(config: Config, run: RunDir) -> StageInputs:
     stages = ["ingest", "score", "select", "distill"]
     if run.record("evaluate") is not None or PreparedDataset(run / "prepared").has_test():
         stages.append("evaluate")
-    return StageInputs({}, {**{stage: run.content(stage) for stage in stages}, "page": str(run_report.VERSION)})
+    content = {**{stage: run.content(stage) for stage in stages}, "page": str(run_report.VERSION)}
+    if (compared := run / "compare" / "compare.json").exists():
+        content["compare"] = str(file_digest(compared))
+    return StageInputs({}, content)
 
 
 def run(context: RunContext, inputs: StageInputs) -> StageOutput:

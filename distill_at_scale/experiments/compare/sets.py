@@ -1,0 +1,164 @@
+"""The sets of a comparison: their tensors, their bytes, and real samples of the same size.
+
+Bytes are those on disk: an image as it is stored (a synthetic one float32, a real one as in `prepared/`: uint8, above 128
+pixels JPEG), 8 bytes for its class, and its labels: 4 bytes per class for a soft one; for views those of every labelled epoch
+in 16 bits, as in `labels.safetensors`. The teacher is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill_at_scale.config.experiments import CompareSection
+from distill_at_scale.core import safetensors_io
+from distill_at_scale.data.prepared.dataset import PreparedDataset
+from distill_at_scale.data.prepared.normalization import Normalization
+from distill_at_scale.distillation.synthetic_set import SyntheticSet
+from distill_at_scale.pruning.scoring import score_table
+from distill_at_scale.pruning.selection.ranking import build_ranking
+
+CLASS_BYTES = 8  # of a label, int64
+EASIEST = ("loss", "loss_early", "loss_converged", "el2n")  # criteria whose lowest scores are the easiest samples
+COLUMNS = {"herding": ("herding",), "k_center": ("k_center",), "easiest": EASIEST, "cad": ("cad",)}
+
+
+@dataclass(frozen=True)
+class SetTensors:
+    """Images float32 [n, *shape] in the first run's normalisation, labels int64 [n], and learned soft labels.
+
+    `stored` images hold the n training images (IDC stores several in one); a stored value takes `value_bytes` on disk.
+    """
+
+    images: Tensor
+    labels: Tensor
+    stored: int
+    value_bytes: int
+    soft: Tensor | None = None
+
+    def save(self, path: Path) -> None:
+        soft = {} if self.soft is None else {"soft_labels": self.soft}
+        safetensors_io.save(path, {"images": self.images, "labels": self.labels, **soft})
+
+
+def tensors_of(synthetic: SyntheticSet, normalization: Normalization) -> SetTensors:
+    """A distilled set in another normalisation than its own, with its learned soft labels at temperature 1."""
+    data, own = synthetic.training_set(), synthetic.normalization
+    images, soft = data.images, data.soft.get("soft_labels")
+    if own != normalization or own.whitening is not None or normalization.whitening is not None:
+        images = normalization.apply(own.invert(images) * own.scale)
+    soft = None if soft is None else soft / synthetic.protocol.temperature
+    return SetTensors(images, data.labels, len(synthetic), 4, soft)
+
+
+def label_bytes(labels: str, classes: int, section: CompareSection, epochs: int) -> int:
+    """Bytes of the labels of one training image: its class, and soft labels."""
+    if labels == "hard":
+        return CLASS_BYTES
+    if labels == "soft":
+        return CLASS_BYTES + 4 * classes
+    top_k = section.teacher.top_k
+    each = 2 * classes if top_k is None or top_k >= classes else 4 * top_k
+    return CLASS_BYTES + min(epochs, section.teacher.label_epochs) * each
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the leaderboard: a set with its tensors, or real samples at one budget.
+
+    Attributes:
+        name: of a set, or of a baseline.
+        per_class: real samples per class for each kind of labels, of a baseline; empty: a set, or the whole training split.
+        stored, training: stored images of a set, and the images that networks see (IDC stores several in one).
+        image_bytes: of one stored image.
+        cost: seconds of scoring, selection and distillation; None if unknown.
+        file: of its tensors, or of the order in which its samples are taken.
+    """
+
+    name: str
+    kind: Literal["distilled", "external", "baseline", "full"]
+    image_bytes: int
+    stored: int = 0
+    training: int = 0
+    budget: str = ""
+    per_class: Mapping[str, int] = field(default_factory=dict)
+    cost: float | None = None
+    file: Path | None = None
+    own_soft: bool = False  # whether it has soft labels of its own
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.budget}" if self.budget else self.name
+
+    def images(self, labels: str, counts: Sequence[int]) -> tuple[int, int]:
+        """Its stored images, and those that networks see, with these labels; `counts` are the training samples per class."""
+        if self.kind != "baseline":
+            return self.stored, self.training
+        number = sum(min(self.per_class[labels], count) for count in counts)
+        return number, number
+
+    def bytes(self, labels: str, counts: Sequence[int], each: int) -> int:
+        """Its bytes on disk, with labels of `each` bytes per training image."""
+        stored, training = self.images(labels, counts)
+        return stored * self.image_bytes + training * each
+
+
+def baselines(sets: Sequence[Entry], names: Mapping[str, Path | None], data: PreparedDataset, section: CompareSection,
+              epochs: int, scoring: float) -> list[Entry]:  # fmt: skip
+    """The entries of real samples: as many images per class as each set has, or as many as fit into its bytes.
+
+    `names` are the baselines that can be drawn, with the files of their orders; `scoring` is the time of the scores in seconds.
+    """
+    classes, most, budgets = (
+        len(data.class_names),
+        max(data.counts("train")),
+        dict[tuple[tuple[str, int], ...], list[str]](),
+    )
+    for one in sets if "images" in section.budgets else ():
+        ipc = max(1, one.stored // classes)
+        budgets[tuple((labels, ipc) for labels in section.labels)] = [f"{ipc} per class"]
+    for one in sets if "bytes" in section.budgets else ():
+        fitting = []
+        for labels in section.labels:
+            each = label_bytes(labels, classes, section, epochs)
+            room = one.bytes(labels, data.counts("train"), each) // (classes * (data.stored_bytes + each))
+            fitting.append((labels, max(1, min(most, room))))
+        same = budgets.setdefault(tuple(fitting), [])
+        same.append(f"bytes of {one.name}")
+    return [
+        Entry(name, "baseline", data.stored_bytes, budget="; ".join(texts), per_class=dict(budget),
+              cost=scoring if file else 0.0, file=file)
+        for name, file in names.items() for budget, texts in budgets.items()
+    ]  # fmt: skip
+
+
+def orders(
+    run_scores: Path, wanted: Sequence[str], counts: Sequence[int]
+) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """For each baseline that can be drawn, the positions within each class in its order; and a line for each other one.
+
+    The order of herding, k_center and cad is that of their useful end; `easiest` takes the lowest losses.
+    """
+    table, facts = score_table.read(run_scores)
+    starts, found, missing = np.cumsum([0, *counts]), dict[str, dict[str, Tensor]](), []
+    for name in wanted:
+        column = next((column for column in COLUMNS[name] if column in table.column_names), None)
+        if column is None:
+            which = " or ".join(COLUMNS[name]) if name != "easiest" else "loss"
+            missing.append(
+                f"{name}: scores.parquet has no column {which}; add {which} to score.criterion and score again"
+            )
+            continue
+        low = name == "easiest" or facts.get("useful", {}).get(column, "low") == "low"
+        keys = build_ranking(column, low, "useful", 0).keys(table[column].to_numpy())
+        found[name] = {
+            str(label): torch.from_numpy(np.argsort(keys[starts[label] : starts[label + 1]], kind="stable"))
+            for label in range(len(counts))
+        }
+    return found, missing

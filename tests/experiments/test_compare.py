@@ -46,7 +46,9 @@ def two_runs(make_run, tmp_path_factory):
 def compared(configs, folder, connect=LocalExecutor, **keys):
     first = with_overrides(configs[0], {"compare.dir": str(folder), **{f"compare.{k}": v for k, v in keys.items()}})
     compare.run([first, *configs[1:]], Display.silent(), connect)
-    return pq.read_table(folder / "compare.parquet").to_pylist(), json.loads((folder / "compare.json").read_text(encoding="utf-8"))
+    return pq.read_table(folder / "compare.parquet").to_pylist(), json.loads(
+        (folder / "compare.json").read_text(encoding="utf-8")
+    )
 
 
 def no_executor():

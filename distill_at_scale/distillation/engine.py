@@ -44,6 +44,7 @@ METHOD_CONTRACT = (
 SNAPSHOT_CLASSES, SNAPSHOT_IPC = 10, 5
 SNAPSHOT_AT = (0, 0.01, 0.05, 0.2, 0.5)  # shares of the steps; the last snapshot is the finished set
 REFRESH_KEYS = ("select.refresh", "select.refresh_pool")  # of `select`, but read by the loop
+RENEWED_ORDERS = ("useful", "useless", "low", "high", "stratum")  # that a renewal can follow: by rank alone
 LOG_LINES = 200  # per run, evenly spaced
 LATE, DIVERGED = 1, 2  # signals of a worker to all others after a step: save a checkpoint; stop
 
@@ -78,8 +79,8 @@ def check_inputs(config: Config, prepared: evaluate.DataSummary, kept_per_class:
 
     Raises:
         UserError: a class keeps no sample, or fewer than `distill.ipc` if images start from real ones; there are more workers
-            than classes; `select.refresh` is set for a method that does not support it; or `distill.evaluate_every` is set
-            without a test split.
+            than classes; `select.refresh` is set for a method or a `select.order` that does not support it; or
+            `distill.evaluate_every` is set without a test split.
     """
     names, section, method = prepared.class_names, config.distill, method_class(config)
     count = len(names)
@@ -95,6 +96,11 @@ def check_inputs(config: Config, prepared: evaluate.DataSummary, kept_per_class:
         raise UserError(
             f"select.refresh = {config.select.refresh}: the method {section.method} has no network that rates real samples "
             f"between its steps; set select.refresh to null, or take one of the methods {able}"
+        )
+    if config.select.refresh and config.select.order not in RENEWED_ORDERS:
+        raise UserError(
+            f"select.refresh = {config.select.refresh}: renewals cannot follow select.order = {config.select.order!r}; "
+            f"take one of {', '.join(RENEWED_ORDERS)}, or set select.refresh to null"
         )
     if section.evaluate_every:
         evaluate.require_test_split(prepared)

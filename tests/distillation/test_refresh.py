@@ -188,15 +188,27 @@ def test_a_class_without_other_samples_is_not_rated(places):
     run.refresh.renew(0)
 
 
+class ThreeClasses:
+    """A prepared data set with nine samples of each of three classes, as far as checks look at it."""
+
+    class_names = ("0", "1", "2")
+
+
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {*ABLE}))
 def test_other_methods_refuse(method):
     config = tiny_config("unused", distill__method=method, select__refresh=5)
-    names = [str(digit) for digit in range(3)]
-    data = type(
-        "Data", (), {"class_names": names, "counts": lambda self, split: [9] * 3, "has_test": lambda self: True}
-    )
     with pytest.raises(UserError, match=rf"select.refresh = 5: the method {method} .* dc, dsa, dm, idc"):
-        engine.check_inputs(config, data(), [9, 9, 9])
+        engine.check_inputs(config, ThreeClasses(), [9, 9, 9])
+
+
+def test_orders_that_need_more_than_ranks_are_refused():
+    config = tiny_config("unused", select__refresh=5)
+    engine.check_inputs(config, ThreeClasses(), [9, 9, 9])
+    config = config.model_copy(update={"select": config.select.model_copy(update={"order": "coverage"})})
+    with pytest.raises(
+        UserError, match=r"cannot follow select\.order = 'coverage'; take one of useful, useless, low, high, str"
+    ):
+        engine.check_inputs(config, ThreeClasses(), [9, 9, 9])
 
 
 def test_a_run_tells_what_was_renewed_and_shares_its_selection(make_run, digits_run, tmp_path):

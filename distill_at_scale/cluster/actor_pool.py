@@ -22,8 +22,8 @@ import ray.exceptions
 
 from distill_at_scale.cluster.session import pack, plain_errors
 from distill_at_scale.cluster.worker_run_dir import WorkerRunDir
+from distill_at_scale.config.infrastructure import ClusterSection
 from distill_at_scale.config.load import Config
-from distill_at_scale.config.sections import ClusterSection
 from distill_at_scale.core.errors import UserError, WorkersLost
 from distill_at_scale.core.events import Emit, Event, TimeSpent, instant, measured
 from distill_at_scale.pipeline.executors.base import Poll, Result, Task, Unit, Worker, no_poll

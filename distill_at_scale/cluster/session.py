@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from distill_at_scale.config.infrastructure import ClusterSection
 from distill_at_scale.config.load import Config
-from distill_at_scale.config.sections import ClusterSection
 from distill_at_scale.core.environment import usable_cores
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.storage.run_dir import RunDir

@@ -18,8 +18,8 @@ from statistics import fmean
 from typing import Any
 
 from distill_at_scale.config.fields import flatten
+from distill_at_scale.config.infrastructure import MlflowSection, WandbSection
 from distill_at_scale.config.load import Config
-from distill_at_scale.config.sections import MlflowSection, WandbSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.events import Event
 from distill_at_scale.pipeline.monitoring.observers import Observer

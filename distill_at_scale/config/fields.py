@@ -81,6 +81,7 @@ def result_values(
         locations: keep location keys too.
         unused: keep later keys that have their default.
         neutral: keep the keys that do not decide results too, with their defaults.
+            Both leave out keys that are newer than the ids (`in_ids=False`) and have their default.
     """
     values: dict[str, Any] = {}
     for name, field in type(section).model_fields.items():
@@ -90,7 +91,7 @@ def result_values(
             if not neutral:
                 continue
             value = field.get_default(call_default_factory=True)
-        elif kind == "unless default" and not (neutral or (unused and in_ids)) and value in _neutral_values(field):
+        elif kind == "unless default" and not (in_ids and (unused or neutral)) and value in _neutral_values(field):
             continue
         if isinstance(value, BaseModel):
             values |= result_values(value, f"{prefix}{name}.", locations=locations, unused=unused, neutral=neutral)

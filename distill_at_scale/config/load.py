@@ -15,11 +15,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError, model_validator
 
-from distill_at_scale.config import explain, sections, shipped, typed_yaml
+from distill_at_scale.config import explain, infrastructure, sections, shipped, typed_yaml
 from distill_at_scale.config.experiments import CompareSection, StudiesSection, SweepSection
 from distill_at_scale.config.fields import Section, execution_key
 from distill_at_scale.config.keys import annotation_of, section_of
-from distill_at_scale.config.methods import DistillSection
+from distill_at_scale.config.methods import DistillSection, EvaluateSection, RuntimeSection
 from distill_at_scale.core.errors import UserError
 
 MAX_CHARACTERS = 2**20  # of a configuration file
@@ -28,15 +28,15 @@ MAX_CHARACTERS = 2**20  # of a configuration file
 class Config(Section):
     """All sections of a run, and the checks that span several of them."""
 
-    run: sections.RunSection = sections.RunSection()
+    run: infrastructure.RunSection = infrastructure.RunSection()
     data: sections.DataSection = sections.DataSection()
     score: sections.ScoreSection = sections.ScoreSection()
     select: sections.SelectSection = sections.SelectSection()
     distill: DistillSection = DistillSection()
-    runtime: sections.RuntimeSection = sections.RuntimeSection()
-    evaluate: sections.EvaluateSection = sections.EvaluateSection()
-    cluster: sections.ClusterSection = execution_key(sections.ClusterSection())
-    track: sections.TrackSection = execution_key(sections.TrackSection())
+    runtime: RuntimeSection = RuntimeSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    cluster: infrastructure.ClusterSection = execution_key(infrastructure.ClusterSection())
+    track: infrastructure.TrackSection = execution_key(infrastructure.TrackSection())
     sweep: SweepSection = execution_key(SweepSection())
     studies: StudiesSection = execution_key(StudiesSection())
     compare: CompareSection = execution_key(CompareSection())
@@ -56,6 +56,11 @@ class Config(Section):
             raise ValueError(
                 f"select.stratum_start + select.keep is {select.stratum_start + select.keep:g}; "
                 "a stratum must end at or before 1"
+            )
+        if select.scope == "global" and select.order in ("coverage", "clusters", "easy_random", "window"):
+            raise ValueError(
+                f"select.scope: global ranks all samples together, but select.order: {select.order} orders each class by "
+                "itself; set select.scope to class or adaptive"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""The section `distill`: keys that all methods share, and one section per method.
+"""The section `distill`: keys that all methods share, and one section per method. And the sections `runtime` and `evaluate`.
 
 The defaults of a method's section are its published protocol, from its paper and official code.
 """
@@ -216,3 +216,57 @@ class DistillSection(Section):
     @property
     def max_workers(self) -> int:
         return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+
+class RuntimeSection(Section):
+    """Runtime pruning: which samples of a real batch are dropped during distillation."""
+
+    rule: Literal["none", "loss", "ite"] = Field(
+        "none",
+        description="loss: drop the largest losses (dm: both tails of the distance to the real mean); ite: drop extreme "
+        "individual treatment effects; dm gains no accuracy from a rule: a smaller real_batch is as good",
+    )
+    drop: float = Field(0.3, ge=0, lt=1, description="share of each class's real batch to drop")
+    tail: float = Field(
+        0.5, ge=0, le=1, description="share of the dropped samples with the largest values (ite; dm: loss too)"
+    )
+    probes: int = Field(16, ge=1, le=1024, description="directions in which a sample's effect is measured (ite)")
+    decay: float = Field(0.9, ge=0, lt=1, description="decay of the running variance behind the thresholds (ite)")
+    refresh: int = Field(10, ge=1, description="steps between full measurements; cached values decide in between")
+
+
+class EvaluateSection(Section):
+    """Networks trained on the synthetic set and its controls, and tested on the test split."""
+
+    networks: list[str] = Field(["convnet"], min_length=1, description="networks to train and test")
+    seeds: int = Field(5, ge=1, description="networks of each kind to train per set")
+    epochs: int | None = Field(None, ge=1, description="epochs; null: as the method's protocol says")
+    batch: int | None = Field(None, ge=1, description="batch size; null: as the method's protocol says")
+    lr: float | None = Field(None, gt=0, le=MAX_LR, description="learning rate; null: as the method's protocol says")
+    momentum: float | None = Field(None, ge=0, lt=1, description="momentum; null: as the method's protocol says")
+    weight_decay: float | None = Field(None, ge=0, description="weight decay; null: as the method's protocol says")
+    control: Literal["random_real", "none"] = later_key(
+        "random_real", description="random_real: also train on as many random real samples"
+    )
+    controls: list[Literal["unpruned", "random_keep"]] = later_key(
+        [],
+        description="also repeat the distillation: unpruned: from all samples, without runtime pruning; random_keep: "
+        "from as many samples per class, kept at random",
+    )
+    bounds: list[Literal["kept", "full"]] = Field(
+        [], description="upper bounds: also train on the kept samples, on the full split"
+    )
+    bound_epochs: int = Field(30, ge=1, description="epochs of the upper bounds")
+    precision: Literal["auto", "fp32", "bf16"] = later_key(
+        "auto",
+        earlier="fp32",
+        description="precision of training and testing networks; auto: bf16 on GPUs and on CPUs with "
+        "bf16 units, else fp32",
+    )
+
+    @field_validator("networks", "controls", "bounds")
+    @classmethod
+    def _no_repeats(cls, value: list[str]) -> list[str]:
+        if len(set(value)) != len(value):
+            raise ValueError("each may be named once")
+        return value

@@ -1,4 +1,4 @@
-"""The sections of a configuration except those of methods, sweeps and studies: every key, its type, range and default."""
+"""The sections `data`, `score` and `select`: every key, its type, range and default."""
 
 from __future__ import annotations
 
@@ -14,35 +14,20 @@ CLIPS_PER_CHUNK = 64
 # score.preset -> the keys of `score` that it sets; measured in jobs/benchmarks/README.md, "How little scoring is enough?"
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"trials": 1, "epochs": 1, "share": 0.5, "width": 32, "lr": 0.028},
+    # K = 300 * ipc * classes / samples epochs (arXiv 2604.18811): 0.6 for CIFAR-10 at 10 images per class
+    "cad": {
+        "criterion": "cad", "epochs": 0.6, "checkpoints_per_epoch": 10, "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4
+    },
+}  # fmt: skip
+Order = Literal["useful", "useless", "low", "high", "stratum", "coverage", "clusters", "easy_random", "window"]
+# select.order -> the keys that only some orders read, this one among them
+ORDER_KEYS: dict[str, tuple[str, ...]] = {
+    "stratum": ("stratum_start",),
+    "coverage": ("easiest", "strata"),
+    "clusters": ("easiest",),
+    "easy_random": ("easiest",),
+    "window": ("window",),
 }
-
-
-class RunSection(Section):
-    """The run folder and the seed."""
-
-    dir: str = execution_key("runs/run", description="run folder: a path, or a URI such as s3://bucket/runs/x")
-    seed: int = Field(0, ge=0, description="seed of every random draw of the run")
-    scratch: str | None = execution_key(
-        None,
-        description="where each machine keeps its copy of a run.dir on an object store; null: the temporary folder",
-    )
-    retry_seconds: float = execution_key(300.0, ge=0, description="seconds to keep retrying a failing object store")
-    reuse: str | None = execution_key(
-        None,
-        description="another run folder; stages with the same fingerprint are copied from it instead of recomputed",
-    )
-    redo: Literal["ingest", "score", "select", "distill", "evaluate", "report"] | None = execution_key(
-        None,
-        description="from this stage on, output that is damaged or of another configuration is moved to replaced/ and "
-        "computed again; null: it is an error",
-    )
-
-    @field_validator("dir", "scratch")
-    @classmethod
-    def _writable_names(cls, value: str | None) -> str | None:
-        if value is not None and ("\0" in value or value != value.encode(errors="ignore").decode()):
-            raise ValueError("it holds a null character or bytes that are not UTF-8; name another folder")
-        return value
 
 
 class DataSection(Section):
@@ -181,15 +166,28 @@ class MonteCarloSection(Section):
 class ScoreSection(Section):
     """Proxy networks and the criteria that score every training sample with them."""
 
-    preset: Literal["fast"] | None = shorthand_key(
+    preset: Literal["fast", "cad"] | None = shorthand_key(
         None,
-        description="sets trials, epochs, share, width and lr, unless they are given beside it or after it; fast: one narrow "
-        "proxy, trained once on half of about 50,000 samples",
+        description="sets several keys of score, unless they are given beside it or after it; fast: one narrow proxy, trained "
+        "once on half of about 50,000 samples (trials, epochs, share, width, lr); cad: the criterion cad for CIFAR-10 at 10 "
+        "images per class (criterion, epochs, checkpoints_per_epoch, lr, momentum, weight_decay)",
     )
     criterion: str | list[str] = Field("loss", description="criteria to compute: a name or a list")
     early: int = later_key(5, ge=1, description="first epochs that loss_early, el2n and grand average")
-    late: int = later_key(5, ge=1, description="last epochs that loss_converged averages")
-    features: int = later_key(128, ge=2, description="dimensions of projected features (density, herding, k_center)")
+    late: int = later_key(5, ge=1, description="last epochs that loss_converged and el2n_late average")
+    cad_windows: int = later_key(
+        2, in_ids=False, ge=1, description="windows of checkpoints whose deviations cad averages"
+    )
+    cad_length: int | None = later_key(
+        None,
+        in_ids=False,
+        ge=2,
+        description="checkpoints in a window of cad; null: all of a proxy's checkpoints minus cad_windows",
+    )
+    features: int = later_key(
+        128, ge=2, description="dimensions of projected features (density, herding, k_center, clusters)"
+    )
+    clusters: int = later_key(20, in_ids=False, ge=1, description="clusters of each class (criterion: clusters)")
     neighbours: int = later_key(10, ge=1, description="nearest neighbours (criterion: density)")
     imported: dict[str, str] = location_key(
         {},
@@ -200,7 +198,17 @@ class ScoreSection(Section):
     )
     monte_carlo: MonteCarloSection = MonteCarloSection()
     trials: int = Field(5, ge=1, description="proxy networks to train, each with its own initialisation")
-    epochs: int = Field(5, ge=1, description="epochs per proxy; a checkpoint is scored after each")
+    epochs: float = Field(
+        5,
+        gt=0,
+        description="epochs per proxy, with checkpoints_per_epoch also a fraction; a checkpoint is scored after each",
+    )
+    checkpoints_per_epoch: int = later_key(
+        1,
+        in_ids=False,
+        ge=1,
+        description="equal parts of an epoch, with a checkpoint after each; criteria then count checkpoints as epochs",
+    )
     weights: str | list[str] | None = location_key(
         None, description="pretrained checkpoints instead of proxies: files or torchvision's weight names"
     )
@@ -250,8 +258,25 @@ class ScoreSection(Section):
 
     @property
     def checkpoint_counts(self) -> tuple[int, int]:
-        """Trials, and epochs per trial, behind every score; a pretrained checkpoint is a trial of one epoch."""
-        return (len(self.weight_names), 1) if self.weights is not None else (self.trials, self.epochs)
+        """Trials, and checkpoints per trial, behind every score; a pretrained checkpoint is a trial of its own."""
+        if self.weights is not None:
+            return len(self.weight_names), 1
+        return self.trials, round(self.epochs * self.checkpoints_per_epoch)
+
+    @field_validator("epochs")
+    @classmethod
+    def _whole_number(cls, value: float) -> float:
+        return int(value) if value == int(value) else value
+
+    @model_validator(mode="after")
+    def _ends_at_a_checkpoint(self) -> ScoreSection:
+        parts = self.epochs * self.checkpoints_per_epoch
+        if abs(parts - round(parts)) > 1e-6 or round(parts) < 1:
+            raise ValueError(
+                f"score.epochs = {self.epochs:g} ends between two checkpoints, of which each epoch has "
+                f"{self.checkpoints_per_epoch}; set score.checkpoints_per_epoch so that their product is a whole number"
+            )
+        return self
 
     @field_validator("criterion")
     @classmethod
@@ -297,16 +322,33 @@ class SelectSection(Section):
     scope: Literal["class", "global", "adaptive"] = Field(
         "class", description="class: rank within classes; global: over all; adaptive: Neyman allocation to classes"
     )
-    order: Literal["useful", "useless", "low", "high", "stratum"] = Field(
-        "useful", description="which end of the ranking to keep; stratum: a window that starts at stratum_start"
+    order: Order = Field(
+        "useful",
+        description="which samples to keep first. useful, useless, low, high: from an end of the ranking; stratum: from "
+        "stratum_start on; window: drawn at random from some ranks; and of a class's easiest share, easy_random: drawn at "
+        "random; coverage: equal numbers from strata of the score; clusters: the most useful of each cluster (needs the "
+        "criterion clusters)",
     )
     stratum_start: float = Field(
         0.0, ge=0, lt=1, description="start of the kept window, a share of the ranks (order: stratum)"
     )
+    easiest: float = later_key(
+        0.8,
+        in_ids=False,
+        gt=0,
+        le=1,
+        description="share of each class, the most useful, to draw from (coverage, clusters, easy_random)",
+    )
+    strata: int = later_key(50, in_ids=False, ge=1, description="strata of equal width in the score (order: coverage)")
+    window: list[float] = later_key(
+        [0.0, 0.5],
+        in_ids=False,
+        description="start and end of the ranks to draw from, as shares; 0: most useful (order: window)",
+    )
     min_per_class: int | None = Field(
         None, ge=0, description="keep at least this many samples per class; null: max(1, distill.ipc)"
     )
-    seed: int | None = Field(None, ge=0, description="seed of the random control; null: run.seed")
+    seed: int | None = Field(None, ge=0, description="seed of random selections; null: run.seed")
     refresh: int | None = later_key(
         None,
         earlier=0,
@@ -323,103 +365,20 @@ class SelectSection(Section):
         description="share of each class that is drawn for a renewal, to compete with the kept samples",
     )
 
+    @field_validator("window")
+    @classmethod
+    def _shares(cls, value: list[float]) -> list[float]:
+        if len(value) != 2 or not 0 <= value[0] < value[1] <= 1:
+            raise ValueError("give two shares of the ranks, the smaller first, for example [0.1, 0.5]")
+        return value
+
+    @property
+    def idle_keys(self) -> set[str]:
+        """The keys that other orders read, and this one does not."""
+        return {key for keys in ORDER_KEYS.values() for key in keys} - {*ORDER_KEYS.get(self.order, ())}
+
     @property
     def rate(self) -> float:
         """The keep rate, once `auto` is resolved."""
         assert not isinstance(self.keep, str), "select.keep: auto is not resolved yet"
         return self.keep
-
-
-class RuntimeSection(Section):
-    """Runtime pruning: which samples of a real batch are dropped during distillation."""
-
-    rule: Literal["none", "loss", "ite"] = Field(
-        "none",
-        description="loss: drop the largest losses (dm: both tails of the distance to the real mean); ite: drop extreme "
-        "individual treatment effects; dm gains no accuracy from a rule: a smaller real_batch is as good",
-    )
-    drop: float = Field(0.3, ge=0, lt=1, description="share of each class's real batch to drop")
-    tail: float = Field(
-        0.5, ge=0, le=1, description="share of the dropped samples with the largest values (ite; dm: loss too)"
-    )
-    probes: int = Field(16, ge=1, le=1024, description="directions in which a sample's effect is measured (ite)")
-    decay: float = Field(0.9, ge=0, lt=1, description="decay of the running variance behind the thresholds (ite)")
-    refresh: int = Field(10, ge=1, description="steps between full measurements; cached values decide in between")
-
-
-class EvaluateSection(Section):
-    """Networks trained on the synthetic set and its controls, and tested on the test split."""
-
-    networks: list[str] = Field(["convnet"], min_length=1, description="networks to train and test")
-    seeds: int = Field(5, ge=1, description="networks of each kind to train per set")
-    epochs: int | None = Field(None, ge=1, description="epochs; null: as the method's protocol says")
-    batch: int | None = Field(None, ge=1, description="batch size; null: as the method's protocol says")
-    lr: float | None = Field(None, gt=0, le=MAX_LR, description="learning rate; null: as the method's protocol says")
-    momentum: float | None = Field(None, ge=0, lt=1, description="momentum; null: as the method's protocol says")
-    weight_decay: float | None = Field(None, ge=0, description="weight decay; null: as the method's protocol says")
-    control: Literal["random_real", "none"] = later_key(
-        "random_real", description="random_real: also train on as many random real samples"
-    )
-    controls: list[Literal["unpruned", "random_keep"]] = later_key(
-        [],
-        description="also repeat the distillation: unpruned: from all samples, without runtime pruning; random_keep: "
-        "from as many samples per class, kept at random",
-    )
-    bounds: list[Literal["kept", "full"]] = Field(
-        [], description="upper bounds: also train on the kept samples, on the full split"
-    )
-    bound_epochs: int = Field(30, ge=1, description="epochs of the upper bounds")
-    precision: Literal["auto", "fp32", "bf16"] = later_key(
-        "auto",
-        earlier="fp32",
-        description="precision of training and testing networks; auto: bf16 on GPUs and on CPUs with "
-        "bf16 units, else fp32",
-    )
-
-    @field_validator("networks", "controls", "bounds")
-    @classmethod
-    def _no_repeats(cls, value: list[str]) -> list[str]:
-        if len(set(value)) != len(value):
-            raise ValueError("each may be named once")
-        return value
-
-
-class MlflowSection(Section):
-    """MLflow."""
-
-    tracking_uri: str | None = Field(None, description="server or store; null: MLFLOW_TRACKING_URI or MLflow's default")
-    experiment: str = Field("distill_at_scale", description="experiment to log to")
-
-
-class WandbSection(Section):
-    """Weights & Biases."""
-
-    project: str = Field("distill_at_scale", description="project to log to")
-    entity: str | None = Field(None, description="user or team; null: the account's default")
-    mode: Literal["online", "offline"] = Field("online", description="offline: write to disk only")
-
-
-class TrackSection(Section):
-    """Experiment trackers, in addition to TensorBoard; credentials come from the environment, never from here."""
-
-    mlflow: MlflowSection | None = Field(None, description="log to MLflow; null: do not")
-    wandb: WandbSection | None = Field(None, description="log to Weights & Biases; null: do not")
-
-
-class ClusterSection(Section):
-    """Where and how Ray runs the work."""
-
-    address: str | None = Field(
-        None,
-        description="null: start Ray on this machine; none: no Ray, all in this process; else a cluster's HOST:PORT",
-    )
-    gpus_per_worker: float = Field(0, ge=0, description="GPUs per worker, also a fraction; 0: CPUs only")
-    grows: bool = Field(
-        False, description="true: an autoscaler adds nodes, so wait for resources that the cluster lacks"
-    )
-    actors: int | None = Field(None, ge=1, description="actors of ingest and scoring; null: as many as fit")
-    max_failures: int = Field(3, ge=0, description="how often lost work is repeated before the run fails")
-    object_store_mb: int | None = Field(
-        None, ge=80, description="MiB of Ray's object store; null: 20 % of memory, up to 2,048"
-    )
-    price: float | None = Field(None, gt=0, description="price of one worker machine per hour, for `plan`")

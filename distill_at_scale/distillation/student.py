@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill_at_scale.config.sections import EvaluateSection
+from distill_at_scale.config.methods import EvaluateSection
 from distill_at_scale.core import rng
 from distill_at_scale.core.errors import RunWarning, UserError
 from distill_at_scale.core.progress import Progressed

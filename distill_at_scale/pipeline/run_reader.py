@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill_at_scale.config import load as configuration
+from distill_at_scale.config.infrastructure import RunSection
 from distill_at_scale.config.load import Config
-from distill_at_scale.config.sections import RunSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared import manifest, parquet
 from distill_at_scale.data.prepared.dataset import PreparedDataset

@@ -42,7 +42,7 @@ from distill_at_scale.pruning.criteria import CRITERIA
 from distill_at_scale.pruning.criteria.factory import MONTE_CARLO, build_criteria, column_of
 from distill_at_scale.pruning.proxies.train import network_spec
 from distill_at_scale.pruning.scoring import imported
-from distill_at_scale.pruning.selection import quotas, ranking
+from distill_at_scale.pruning.selection import orders, quotas, ranking
 
 MAX_JPEG_HEIGHT = 65_500  # pixels; the frames of a clip are stacked in one JPEG
 MAX_REASONS = 12  # kinds of reason that are counted in a summary
@@ -157,6 +157,11 @@ def _check_criteria(config: Config) -> None:
     imported.check_names(score, {**CRITERIA, MONTE_CARLO: None})
     build_criteria(score)
     known = {**dict.fromkeys(score.criteria), **dict.fromkeys(score.imported)}
+    orders.check(config.select.order, known)
+    if orders.CLUSTERS in ([chosen] if isinstance(chosen, str) else chosen):
+        raise UserError(
+            "select.criterion = 'clusters' numbers groups of samples and ranks none; name another scored criterion, or random"
+        )
     columns: dict[str, str] = {}
     for name in known:  # the column of a plug-in has the name of its class
         column = column_of(name)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from distill_at_scale.config.experiments import STUDIES
 from distill_at_scale.config.fields import explicit_keys, flatten
 from distill_at_scale.config.load import Config
+from distill_at_scale.config.sections import ORDER_KEYS
 from distill_at_scale.core.progress import Display
 from distill_at_scale.data.ingest.chunks import stores_jpeg
 from distill_at_scale.data.ingest.sample_types import holds_tensors
@@ -77,6 +78,12 @@ def _of_teacher(method: str) -> NoEffect:
     )  # fmt: skip
 
 
+def _of_order(key: str) -> NoEffect:
+    readers = [order for order, keys in ORDER_KEYS.items() if key in keys]
+    why = f"select.order is {{select.order}}, not {' or '.join(readers)}"
+    return NoEffect("select", [key], "select.order", lambda c: key in c.select.idle_keys, why)
+
+
 def _of_study(study: str) -> NoEffect:
     why = f"studies.run does not name {study}"
     return NoEffect("studies", [study], "studies.run", lambda c: study not in c.studies.run, why)
@@ -119,9 +126,12 @@ NO_EFFECT = (
              "no criterion of score.criterion needs a proxy network"),
     NoEffect("score", ("early",), "score.criterion", _lacks("loss_early", "el2n", "grand"),
              "score.criterion has none of loss_early, el2n and grand"),
-    NoEffect("score", ("late",), "score.criterion", _lacks("loss_converged"), "score.criterion has no loss_converged"),
-    NoEffect("score", ("features",), "score.criterion", _lacks("density", "herding", "k_center"),
-             "score.criterion has none of density, herding and k_center"),
+    NoEffect("score", ("late",), "score.criterion", _lacks("loss_converged", "el2n_late"),
+             "score.criterion has neither loss_converged nor el2n_late"),
+    NoEffect("score", ("features",), "score.criterion", _lacks("density", "herding", "k_center", "clusters"),
+             "score.criterion has none of density, herding, k_center and clusters"),
+    NoEffect("score", ("clusters",), "score.criterion", _lacks("clusters"), "score.criterion has no clusters"),
+    NoEffect("score", ("cad_windows", "cad_length"), "score.criterion", _lacks("cad"), "score.criterion has no cad"),
     NoEffect("score", ("neighbours",), "score.criterion", _lacks("density"), "score.criterion has no density"),
     NoEffect("score", ("monte_carlo",), "score.criterion", lambda c: MONTE_CARLO not in _criteria(c),
              "score.criterion has no monte_carlo"),
@@ -132,8 +142,7 @@ NO_EFFECT = (
              "select.per_class decides how many samples are kept"),
     NoEffect("select", ("auto",), "select.keep", lambda c: c.select.per_class is None and c.select.keep != "auto",
              "select.keep is {select.keep}, not auto"),
-    NoEffect("select", ("stratum_start",), "select.order", lambda c: c.select.order != "stratum",
-             "select.order is {select.order}, not stratum"),
+    *map(_of_order, ("stratum_start", "easiest", "strata", "window")),
     NoEffect("select", ("refresh_pool",), "select.refresh", lambda c: not c.select.refresh,
              "select.refresh is not set, so the kept samples stay"),
     NoEffect("distill", ("options",), "distill.method", lambda c: c.distill.method in METHODS,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill_at_scale.config.sections import RuntimeSection
+from distill_at_scale.config.methods import RuntimeSection
 from distill_at_scale.data.prepared.format import Array
 
 SMALLEST = 1e-6  # of the batch's largest effect: smaller ones are raised to this, because of the logarithm

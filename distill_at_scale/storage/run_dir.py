@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distill_at_scale.config.sections import RunSection
+from distill_at_scale.config.infrastructure import RunSection
 from distill_at_scale.core.atomic_files import DAMAGED, file_digests, files_in, publish, write_json
 from distill_at_scale.core.errors import Busy, Damaged, OtherConfiguration, UserError
 from distill_at_scale.core.hashing import digest

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from distill_at_scale.config.sections import ClusterSection
+from distill_at_scale.config.infrastructure import ClusterSection
 from distill_at_scale.core.errors import UserError
 
 ray = pytest.importorskip("ray")

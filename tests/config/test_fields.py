@@ -41,7 +41,9 @@ def test_the_keys_that_were_added_later():
         "data.value_column", "data.whiten", "data.train_split", "data.max_bytes", "data.transform", "data.imbalance",
         "data.copies", "data.variance_classes", "data.options",
         "data.label_pattern", "data.test_pattern", "data.rate", "data.seconds", "data.bands",
-        "score.early", "score.late", "score.features", "score.neighbours",
+        "score.early", "score.late", "score.features", "score.neighbours", "score.clusters",
+        "score.cad_windows", "score.cad_length", "score.checkpoints_per_epoch",
+        "select.easiest", "select.strata", "select.window",
         "score.imported_useful", "evaluate.control", "evaluate.controls",
         "distill.precision", "evaluate.precision", "select.refresh", "select.refresh_pool",
     }  # fmt: skip
@@ -87,10 +89,16 @@ def test_later_keys_count_only_where_they_are_used():
     assert result_values(section, unused=True)["late"] == 5
 
 
-def test_neutral_values_hold_every_key_with_the_default_where_it_does_not_decide():
+def test_neutral_values_hold_every_key_of_ids_with_the_default_where_it_does_not_decide():
     config = validate({"distill": {"workers": 4, "ipc": 2}, "track": {"mlflow": {}}, "data": {"path": "/x"}})
     values = result_values(config, neutral=True)
-    assert values == flatten(Config()) | {"distill.ipc": 2}
+    newer = {
+        "score.cad_windows", "score.cad_length", "score.clusters", "score.checkpoints_per_epoch",
+        "select.easiest", "select.strata", "select.window", "select.refresh", "select.refresh_pool",
+    }  # fmt: skip
+    every = {key: value for key, value in flatten(Config()).items() if key not in newer}
+    assert values == every | {"distill.ipc": 2}
+    assert result_values(validate({"score": {"clusters": 3}}), neutral=True)["score.clusters"] == 3
     assert result_values(config, neutral=True, locations=True) == values | {"data.path": "/x"}
 
 

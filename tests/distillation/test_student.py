@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import FixedNetwork
 
-from distill_at_scale.config.sections import EvaluateSection
+from distill_at_scale.config.methods import EvaluateSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.distillation import student as students

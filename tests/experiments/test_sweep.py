@@ -75,6 +75,22 @@ def test_the_unpruned_control_keeps_everything_for_any_base_selection():
     assert (settings.select.keep, settings.select.per_class, settings.select.order) == (1, None, "useful")
 
 
+def test_a_key_of_an_order_is_varied_only_with_that_order():
+    orders = {
+        "select.order": ["useful", "coverage", "easy_random"],
+        "select.strata": [5, 50],
+        "select.easiest": [0.5, 0.9],
+    }
+    trials = space.trials(config(space={**orders, "select.keep": [0.1]}, controls=["random"]))
+    seen = [tuple(t.keys[key] for key in orders) for t in trials if t.control is None]
+    assert seen == [
+        ("useful", None, None),
+        *(("coverage", strata, easiest) for strata in (5, 50) for easiest in (0.5, 0.9)),
+        *(("easy_random", None, easiest) for easiest in (0.5, 0.9)),
+    ]
+    assert [tuple(keys[key] for key in orders) for keys in tried(trials, "random")] == [(None, None, None)]
+
+
 def test_random_samples_are_tried_at_every_keep_rate_once():
     trials = space.trials(config(space={**RATES, "select.order": ["useful", "useless"], "select.criterion": ["loss"]}))
     random = tried(trials, "random")

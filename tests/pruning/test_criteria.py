@@ -62,7 +62,9 @@ def make_criterion(name, **section):
 
 def test_every_criterion_states_which_end_is_useful():
     assert {name: make_criterion(name).useful for name in ALL if make_criterion(name).useful != "low"} == {
-        "margin": "high"
+        "margin": "high",
+        "aum": "high",
+        "cad": "high",
     }
 
 
@@ -74,8 +76,11 @@ def test_values_are_those_of_the_textbooks():
         expected = {
             "loss": -np.log(p[y]),
             "margin": p[y] - max(np.delete(p, y)),
+            "aum": outputs.logits[k, y].item() - max(np.delete(outputs.logits[k].numpy(), y)),
             "entropy": -(p * np.log(p)).sum(),
             "el2n": np.linalg.norm(error),
+            "el2n_late": np.linalg.norm(error),
+            "cad": np.linalg.norm(error),
             "grand_last": np.linalg.norm(np.outer(error, [*outputs.features[k].tolist(), 1.0])),
             "forgetting": float(p.argmax() == y),
         }
@@ -84,7 +89,8 @@ def test_values_are_those_of_the_textbooks():
 
 
 @pytest.mark.parametrize(
-    "name", ["loss", "loss_early", "loss_converged", "margin", "entropy", "el2n", "grand", "grand_last"]
+    "name",
+    ["loss", "loss_early", "loss_converged", "margin", "aum", "entropy", "el2n", "el2n_late", "grand", "grand_last"],
 )
 def test_a_score_is_the_mean_over_trials_and_epochs(name):
     values = np.random.default_rng(0).random((5, 3, 2), np.float32)
@@ -112,6 +118,7 @@ def test_only_checkpoints_that_some_criterion_reads_are_needed():
     assert needed_epochs([make_criterion("density"), make_criterion("herding")], 50) == [49]
     assert needed_epochs([make_criterion("el2n", early=2)], 50) == [0, 1]
     assert epochs_of(make_criterion("loss"), 3) == [0, 1, 2]
+    assert epochs_of(make_criterion("el2n_late", late=2), 5) == [3, 4]
     assert epochs_of(make_criterion("loss_converged", late=9), 3) == epochs_of(make_criterion("grand"), 3) == [0, 1, 2]
 
 
@@ -409,7 +416,7 @@ def proxies(tmp_path_factory):
 
 def scored(folder, target, names, shares=1, step=1, extra=None, **section):
     """The score table of some criteria, computed by `shares` scorers."""
-    keys = {"criterion": names, "epochs": 3, "width": 4, **section}
+    keys = {"criterion": names, "epochs": 3, "width": 4, "cad_windows": 1, **section}
     config = tiny_config(target, **{f"score__{key}": value for key, value in keys.items()})
     prepared, pieces = PreparedDataset(folder / "prepared"), target / "pieces"
     pieces.mkdir(parents=True)
@@ -437,7 +444,7 @@ def test_criteria_together_have_the_scores_that_each_has_alone(proxies, tmp_path
     assert facts["useful"] == {name: make_criterion(name).useful for name in ALL}
     assert (facts["observed"]["loss_early"], facts["observed"]["density"]) == ([0, 1, 2], [2])
     assert together["score"].to_pylist() == together["loss"].to_pylist()
-    without = {"herding", "k_center"}
+    without = {"herding", "k_center", "clusters"}
     assert {name.removesuffix("_values") for name in together.column_names if name.endswith("_values")} == set(
         ALL
     ) - without

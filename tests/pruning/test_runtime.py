@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill_at_scale.config.sections import RuntimeSection
+from distill_at_scale.config.methods import RuntimeSection
 from distill_at_scale.pruning.runtime import RuntimePruning
 
 

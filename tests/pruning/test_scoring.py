@@ -229,9 +229,9 @@ def test_two_workers_resume_together(tmp_path):
 
 def test_a_number_of_workers_that_does_not_divide_the_shards_is_refused(tmp_path):
     data = write_prepared(tmp_path, *(tensor.numpy() for tensor in samples()))
-    proxy.check_workers(data, ScoreSection(workers=2), 0)
+    proxy.check_training(data, ScoreSection(workers=2), 0)
     with pytest.raises(UserError, match=r"score\.workers = 3 cannot share 2 logical shards evenly"):
-        proxy.check_workers(data, ScoreSection(workers=3), 0)
+        proxy.check_training(data, ScoreSection(workers=3), 0)
 
 
 def test_the_sum_of_a_tree_does_not_depend_on_who_adds_which_half():

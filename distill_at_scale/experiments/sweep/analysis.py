@@ -14,12 +14,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from distill_at_scale.config.sections import ORDER_KEYS
 from distill_at_scale.core.statistics import mean_and_std, welch_interval
 from distill_at_scale.experiments.sweep.table import FIXED
 
 KEEP = ("select.keep", "select.per_class")
 # keys without effect on a random selection
-RANKING = ("select.criterion", "select.order", "select.scope", "select.stratum_start")
+RANKING = (
+    "select.criterion",
+    "select.order",
+    "select.scope",
+    *(f"select.{k}" for ks in ORDER_KEYS.values() for k in ks),
+)
 SELECTING = ("select.", "runtime.")  # keys without effect on an unpruned run
 
 Row = Mapping[str, Any]

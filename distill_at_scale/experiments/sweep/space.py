@@ -16,6 +16,7 @@ from typing import Any
 from distill_at_scale.config.experiments import Control
 from distill_at_scale.config.fields import is_execution_key
 from distill_at_scale.config.load import Config, with_overrides
+from distill_at_scale.config.sections import ORDER_KEYS
 from distill_at_scale.core import rng
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
@@ -33,6 +34,7 @@ REFUSED = {  # keys that the sweep itself decides
 # the values that the keys of a selection take when everything is kept
 EVERYTHING = {"select.criterion": None, "select.order": "useful", "select.stratum_start": 0.0, "select.scope": "class",
               "select.per_class": None}  # fmt: skip
+OF_ORDER = {f"select.{key}" for keys in ORDER_KEYS.values() for key in keys} - {"select.stratum_start"}
 OF_RULE = ("runtime.drop", "runtime.tail", "runtime.probes", "runtime.decay", "runtime.refresh")
 ORIGIN = "sweep.space"
 RANGE_FORMS = "{uniform: [low, high]}, {loguniform: [low, high]} or {randint: [low, high]} (whole numbers)"
@@ -158,7 +160,7 @@ def _controls(config: Config, combinations: Sequence[Mapping[str, Any]]) -> Iter
         overrides = _without_idle(config, {**kept, **scores, **EVERYTHING, **UNPRUNED})
         shown = {k: {**UNPRUNED, **kept}.get(k) for k in keys}
         yield SweepTrial(Point({**overrides, "evaluate.control": "random_real"}), shown, "unpruned")
-    idle = ("select.order", "select.stratum_start", "select.scope")
+    idle = ("select.order", "select.stratum_start", "select.scope", *OF_ORDER)
     for keys in combinations if "random" in config.sweep.controls else ():
         overrides = {**keys, **scores, **EVERYTHING, **RANDOM}
         overrides["select.per_class"] = _value(config, keys, "select.per_class")
@@ -179,7 +181,8 @@ def _without_idle(config: Config, overrides: Mapping[str, Any]) -> dict[str, Any
     result = {**overrides, **({} if _prunes(config, overrides) else EVERYTHING)}
     if _value(config, overrides, "runtime.rule") == "none":
         result = {key: value for key, value in result.items() if key not in OF_RULE}
-    return result
+    read = {f"select.{key}" for key in ORDER_KEYS.get(_value(config, result, "select.order"), ())}
+    return {key: value for key, value in result.items() if key not in OF_ORDER - read}
 
 
 def _prunes(config: Config, overrides: Mapping[str, Any]) -> bool:

@@ -113,8 +113,8 @@ def train_proxies(executor: Executor, config: Config, prepared: Path, checkpoint
         return done > before
 
     poll()
-    trials, epochs = config.score.checkpoint_counts
-    missing = [t for t in range(trials) if not proxies.checkpoint_path(checkpoints, t, epochs - 1).exists()]
+    trials, count = config.score.checkpoint_counts
+    missing = [t for t in range(trials) if not proxies.checkpoint_path(checkpoints, t, count - 1).exists()]
     paths = {"prepared": prepared, "checkpoints": checkpoints}
     if not missing:
         return
@@ -134,7 +134,7 @@ def train_proxies(executor: Executor, config: Config, prepared: Path, checkpoint
             publishes=("checkpoints",),
             results=(checkpoints,),
             poll=poll,
-            saved=lambda: proxies.finished_epochs(config.score, checkpoints),
+            saved=lambda: proxies.finished_checkpoints(config.score, checkpoints),
         )
         with measured("train proxies together", executor.emit) as counts:
             counts["workers"] = config.score.workers

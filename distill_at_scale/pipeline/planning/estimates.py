@@ -104,11 +104,14 @@ class Planner:
             int(facts.train * score.share),
         )
 
-        def rates(spread: Spread, mode: ForwardMode) -> dict[str, Rate]:
-            keys = {"compile": "always" if mode.compiled else "never", "criterion": list(criteria)}
-            return self.measured.stage("score", spread, {"epochs": 1}, **keys)
+        # epochs of the dry run, with one checkpoint each: as few as the criteria accept
+        least = max({"forgetting": 2, "cad": score.cad_windows + 2}.get(name, 1) for name in criteria)
 
-        (trials, epochs), passing, on_gpu = (
+        def rates(spread: Spread, mode: ForwardMode) -> dict[str, Rate]:
+            keys = {"compile": "always" if mode.compiled else "never", "criterion": list(criteria), "cad_length": None}
+            return self.measured.stage("score", spread, {"epochs": least}, checkpoints_per_epoch=1, **keys)
+
+        (trials, count), passing, on_gpu = (
             score.checkpoint_counts,
             self.layout.actors(),
             self.layout.device.type == "cuda",
@@ -117,9 +120,9 @@ class Planner:
             together = score.workers > 1 and not self.layout.local
             spread = self.layout.group(score.workers, score.workers) if together else self.layout.tasks(trials)
             rate = rates(spread, proxy.forward_mode(spec, score, samples, on_gpu))["train a proxy"]
-            units = epochs * samples / self.measured.trained / (spread.side if together else 1)
+            units = score.epochs * samples / self.measured.trained / (spread.side if together else 1)
             parts += self._units("proxies", [(units, rate)] * trials, Spread(1, 1) if together else spread)
-        checkpoints = trials * len(needed_epochs(criteria.values(), epochs))
+        checkpoints = trials * len(needed_epochs(criteria.values(), count))
         seen = rates(passing, scorer.forward_mode(spec, score, facts.train * checkpoints, on_gpu))
         parts += [("score", facts.train * checkpoints / passing.side, seen["score"])]
         parts += [("score", 1, Rate.fixed(seen["score"].once)), ("write", 1, seen["rest"])]

@@ -114,9 +114,10 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
 
 def _train_proxies(context: RunContext, data: PreparedDataset, checkpoints: Path) -> None:
     config, score = context.config, context.config.score
-    proxies.check_workers(data, score, config.run.seed)
+    proxies.check_training(data, score, config.run.seed)
     context.display.say(f"  {proxies.describe(data, config)}")
     samples, executor = proxies.loader(data, score, config.run.seed).samples, context.executor
     finished = proxies.finished_samples(score, checkpoints, samples)
-    with context.display.meter("proxies", samples * score.trials * score.epochs, "samples", finished) as meter:
+    total = score.trials * proxies.trained_samples(score, samples, score.checkpoint_counts[1])
+    with context.display.meter("proxies", total, "samples", finished) as meter:
         tasks.train_proxies(executor, config, data.folder, checkpoints, meter.advance)

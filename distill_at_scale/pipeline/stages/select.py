@@ -18,7 +18,9 @@ from distill_at_scale.storage.stage_record import StageInputs
 
 def inputs(config: Config, run: RunDir) -> StageInputs:
     resolved = {"criterion": config.criterion, "min_per_class": config.min_per_class, "seed": config.select_seed}
-    values = {k: v for k, v in result_values(config.select, "select.").items() if k not in engine.REFRESH_KEYS}
+    idle = {f"select.{key}" for key in config.select.idle_keys} - {"select.stratum_start"}  # earlier runs hold that one
+    unread = {*engine.REFRESH_KEYS, *idle}
+    values = {k: v for k, v in result_values(config.select, "select.").items() if k not in unread}
     values |= {f"select.{key}": value for key, value in resolved.items()}
     return StageInputs(values, {"score": run.content("score")})
 

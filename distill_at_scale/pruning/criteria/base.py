@@ -2,7 +2,8 @@
 
 A criterion is constructed without arguments, or by its classmethod `of(section)` from the `score` section, which raises
 UserError if the section does not fit. `epochs(count)` lists the epochs that it needs of `count`, from 0; without it, all are
-needed. `sees_features = True` announces that `observe` uses the features, which saves a second forward pass.
+needed. An epoch here is a checkpoint of a proxy: `score.checkpoints_per_epoch` of them per epoch of training.
+`sees_features = True` announces that `observe` uses the features, which saves a second forward pass.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""Criteria that compare the samples of a class in feature space: density, and the orders of the selectors herding and k-center.
+"""Criteria that compare the samples of a class in feature space: density, the orders of the selectors herding and k-center, and
+the clusters that select.order: clusters draws from.
 
-Features are float32 [n, dimensions] in order of id, distances Euclidean; ties go to the first. Low is useful. The selectors
-concatenate the features of all trials, so there is one order instead of a mean of several.
+Features are float32 [n, dimensions] in order of id, distances Euclidean; ties go to the first. Low is useful. Selectors and
+clusters concatenate the features of all trials, so there is one result instead of a mean of several.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -53,6 +55,33 @@ class KCenter(MeanOfTrials):
 
     def observe_class(self, features: Array) -> Array:
         return k_center_ranks(features.reshape(len(features), -1))[:, None]
+
+
+@dataclass(eq=False)
+class Clusters(MeanOfTrials):
+    """The number of each sample's cluster, from 0, by k-means within the class (Lloyd 1982; Arthur & Vassilvitskii 2007).
+
+    It is no ranking: `select.order: clusters` reads it beside another criterion. A class of fewer samples than clusters has
+    one cluster per sample.
+    """
+
+    clusters: int = 20
+    by_trial: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, section: ScoreSection) -> Clusters:
+        return cls(section.clusters)
+
+    def observe_class(self, features: Array) -> Array:
+        from sklearn.cluster import KMeans  # takes a second to import
+        from sklearn.exceptions import ConvergenceWarning
+        from threadpoolctl import threadpool_limits
+
+        centred, _ = _centred(features.reshape(len(features), -1))
+        with threadpool_limits(1), warnings.catch_warnings():  # several threads add up in an order that varies
+            warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct samples than clusters
+            fitted = KMeans(min(self.clusters, len(centred)), n_init=1, random_state=0).fit(centred)
+        return fitted.labels_.astype(np.float32)[:, None]
 
 
 def neighbour_distances(features: Array, neighbours: int) -> Array:

@@ -48,7 +48,9 @@ def _build(name: str, section: ScoreSection) -> Any:
     count = section.checkpoint_counts[1]
     epochs = epochs_of(criterion, count)
     if not epochs or epochs != sorted(set(epochs) & set(range(count))):
-        raise UserError(f"{prefix} of {count} epochs it asks for {epochs}; list some of 0 to {count - 1}, ascending")
+        raise UserError(
+            f"{prefix} of {count} checkpoints it asks for {epochs}; list some of 0 to {count - 1}, ascending"
+        )
     method, argument = ("observe_class", "features") if by_class else ("observe", "outputs")
     try:
         inspect.signature(getattr(criterion, method)).bind(None)

@@ -23,7 +23,7 @@ class Forgetting(MeanOfTrials):
                 "score.criterion = 'forgetting' compares epochs, which pretrained weights do not have; remove score.weights or "
                 "use another criterion"
             )
-        if section.epochs < 2:
+        if section.checkpoint_counts[1] < 2:
             raise UserError("score.criterion = 'forgetting' needs more than one epoch; raise score.epochs")
         return cls()
 

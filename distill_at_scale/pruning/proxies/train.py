@@ -1,4 +1,4 @@
-"""Proxies: networks trained from scratch on the training split, with a checkpoint after each epoch to resume from.
+"""Proxies: networks trained from scratch on the training split, with a checkpoint after each epoch or part of it.
 
 On CPUs the gradients of the logical shards are added in one fixed order, so the weights are the same bytes for any number of
 workers with the same number of threads; with batch norm, running statistics are averaged over workers.
@@ -6,8 +6,10 @@ workers with the same number of threads; with batch norm, running statistics are
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from distill_at_scale.models.spec import NetworkSpec, mixes_samples
 from distill_at_scale.pruning.proxies.dataloader import Batch, ProxyDataLoader
 
 # of the section score: what only the training of proxies reads
-KEYS = ("trials", "epochs", "share", "shards", "batch", "lr", "momentum", "weight_decay")
+KEYS = ("trials", "epochs", "checkpoints_per_epoch", "share", "shards", "batch", "lr", "momentum", "weight_decay")
 
 
 NO_LABEL = -100  # of padding
@@ -42,7 +44,7 @@ def network_spec(config: ScoreSection, shape: tuple[int, ...], classes: int, kin
 
 def forward_mode(spec: NetworkSpec, config: ScoreSection, samples: int, on_gpu: bool) -> ForwardMode:
     """How proxies are trained on `samples` samples per epoch; decided by the time of one proxy."""
-    return ForwardMode(spec, config.compile, config.precision, on_gpu, trained=samples * config.epochs)
+    return ForwardMode(spec, config.compile, config.precision, on_gpu, trained=round(samples * config.epochs))
 
 
 def describe(prepared: PreparedDataset, config: Config) -> str:
@@ -53,19 +55,24 @@ def describe(prepared: PreparedDataset, config: Config) -> str:
     return f"proxies: {forward_mode(spec, score, samples, precision.on_gpu(config)).note}"
 
 
-def finished_epochs(config: ScoreSection, folder: Path) -> int:
-    """The number of epochs, over all trials, that have a checkpoint."""
-    trials, epochs = config.checkpoint_counts
-    return sum(checkpoint_path(folder, t, e).exists() for t in range(trials) for e in range(epochs))
+def finished_checkpoints(config: ScoreSection, folder: Path) -> int:
+    """The number of checkpoints, over all trials, that are written."""
+    trials, count = config.checkpoint_counts
+    return sum(checkpoint_path(folder, t, k).exists() for t in range(trials) for k in range(count))
+
+
+def trained_samples(config: ScoreSection, samples: int, checkpoints: int) -> int:
+    """Samples that a proxy was trained on before its first `checkpoints` checkpoints, in epochs of `samples` each."""
+    return checkpoints * samples // config.checkpoints_per_epoch
 
 
 def finished_samples(config: ScoreSection, folder: Path, samples: int) -> int:
-    """Samples that proxies were trained on, over all trials and epochs of `samples` each, also within unfinished epochs."""
-    trials, epochs = config.checkpoint_counts
+    """Samples that proxies were trained on, over all trials and epochs of `samples` each, also after the last checkpoint."""
+    trials, count = config.checkpoint_counts
     done = 0
     for trial in range(trials):
-        saved = sum(checkpoint_path(folder, trial, epoch).exists() for epoch in range(epochs))
-        done += max(saved * samples, noted(note_path(folder, trial)))
+        saved = sum(checkpoint_path(folder, trial, number).exists() for number in range(count))
+        done += max(trained_samples(config, samples, saved), noted(note_path(folder, trial)))
     return done
 
 
@@ -75,6 +82,7 @@ def note_path(folder: Path, trial: int) -> Path:
 
 
 def checkpoint_path(folder: Path, trial: int, epoch: int) -> Path:
+    """The file of a checkpoint; `epoch` counts the checkpoints of the trial, from 0."""
     return folder / f"trial-{trial:02d}" / f"epoch-{epoch:03d}.safetensors"
 
 
@@ -82,14 +90,32 @@ def loader(prepared: PreparedDataset, config: ScoreSection, seed: int) -> ProxyD
     return ProxyDataLoader(prepared, seed, config.batch, config.shards, config.share)
 
 
-def check_workers(prepared: PreparedDataset, config: ScoreSection, seed: int) -> None:
-    """Raises UserError if the workers of a proxy cannot share its logical shards evenly."""
-    shards = loader(prepared, config, seed).logical_shards
-    if shards % config.workers:
+def check_training(prepared: PreparedDataset, config: ScoreSection, seed: int) -> None:
+    """Raises UserError if the workers of a proxy cannot share its logical shards evenly, or an epoch has fewer batches than
+    checkpoints."""
+    batches = loader(prepared, config, seed)
+    if batches.logical_shards % config.workers:
         raise UserError(
-            f"score.workers = {config.workers} cannot share {shards} logical shards evenly; use a power of two up to "
-            f"{shards}, or raise score.shards (now {config.shards})"
+            f"score.workers = {config.workers} cannot share {batches.logical_shards} logical shards evenly; use a power of two "
+            f"up to {batches.logical_shards}, or raise score.shards (now {config.shards})"
         )
+    if config.checkpoints_per_epoch > 1:
+        for trial, epoch in itertools.product(range(config.trials), range(math.ceil(config.epochs))):
+            part_ends(config, batches.steps(batches.shard_groups(trial, epoch)))
+
+
+def part_ends(config: ScoreSection, steps: int) -> list[int]:
+    """The batches of an epoch of `steps` before and after each of its parts: 0, then one per checkpoint, ascending.
+
+    Raises UserError if a part would have no batch.
+    """
+    count = config.checkpoints_per_epoch
+    if steps < count:
+        raise UserError(
+            f"score.checkpoints_per_epoch = {count}, but an epoch has {steps} batches; lower it, or score.batch (now "
+            f"{config.batch})"
+        )
+    return [steps * part // count for part in range(count + 1)]
 
 
 class ShardThreads:
@@ -141,16 +167,16 @@ class ProxyTrial:
         self.threads = ShardThreads(1 if device.type == "cuda" or self.mixes else torch.get_num_threads())
 
     def run(self, progressed: Progressed = lambda samples: None, saved: Callable[[], object] = lambda: None) -> None:
-        """Trains all epochs that have no checkpoint yet. `progressed` gets the samples of all epochs so far, after each batch;
-        `saved` is called after each epoch.
+        """Trains up to all checkpoints that are missing. `progressed` gets the samples of all epochs so far, after each batch;
+        `saved` is called after each checkpoint.
 
-        Raises DistillationDiverged with trial, epoch and learning rate if a weight is not finite.
+        Raises DistillationDiverged with trial, epoch and learning rate if a weight is not finite, and UserError if an epoch has
+        fewer batches than checkpoints.
         """
         with self.threads:
-            for epoch in range(self._resume(), self.config.epochs):
-                self._epoch(epoch, progressed)
+            for checkpoint in self._train(self._resume(), progressed):
                 if self.workers.rank == 0:
-                    self._save(epoch)
+                    self._save(checkpoint)
                 self.workers.all_reduce_max(0)  # a barrier: all workers wait for the checkpoint
                 saved()
 
@@ -162,18 +188,31 @@ class ProxyTrial:
         facts = {"class_names": json.dumps(self.prepared.class_names)}
         safetensors_io.save(checkpoint_path(self.folder, self.trial, epoch), tensors, facts)
 
-    def _epoch(self, epoch: int, progressed: Progressed) -> None:
-        shards = self.loader.shard_groups(self.trial, epoch)
-        each = len(shards) // self.workers.size
-        own = range(self.workers.rank * each, (self.workers.rank + 1) * each)
-        sizes = self.loader.batch_sizes(shards)
-        done, steps = epoch * self.loader.samples, self.loader.steps(shards)
-        for step, parts in enumerate(self.loader.batches(self.trial, epoch, shards, own), 1):
-            gradient = self._batch_gradient(parts, sizes).split([p.numel() for p in self.parameters])
-            for parameter, part in zip(self.parameters, gradient, strict=True):
-                parameter.grad = part.view_as(parameter)
-            self.optimizer.step()
-            progressed(done + self.loader.samples * step // steps)
+    def _train(self, done: int, progressed: Progressed) -> Iterator[int]:
+        """Trains on from `done` checkpoints, and yields the number of each one, from 0, when it is reached."""
+        count, per_epoch = self.config.checkpoint_counts[1], self.config.checkpoints_per_epoch
+        while done < count:
+            epoch, first = divmod(done, per_epoch)
+            shards = self.loader.shard_groups(self.trial, epoch)
+            each = len(shards) // self.workers.size
+            own = range(self.workers.rank * each, (self.workers.rank + 1) * each)
+            sizes, steps = self.loader.batch_sizes(shards), self.loader.steps(shards)
+            ends = part_ends(self.config, steps)
+            last = min(per_epoch, count - epoch * per_epoch)
+            batches = self.loader.batches(self.trial, epoch, shards, own)
+            for step, parts in enumerate(itertools.islice(batches, ends[first], ends[last]), ends[first] + 1):
+                gradient = self._batch_gradient(parts, sizes).split([p.numel() for p in self.parameters])
+                for parameter, part in zip(self.parameters, gradient, strict=True):
+                    parameter.grad = part.view_as(parameter)
+                self.optimizer.step()
+                progressed(epoch * self.loader.samples + self.loader.samples * step // steps)
+                if step in ends:
+                    self._finish_part(epoch)
+                    yield done
+                    done += 1
+
+    def _finish_part(self, epoch: int) -> None:
+        """Averages running statistics over the workers. Raises DistillationDiverged if a weight is not finite."""
         statistics = [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
         if self.workers.size > 1 and statistics:
             self.workers.all_reduce_sum(statistics)
@@ -213,11 +252,11 @@ class ProxyTrial:
         return gradient
 
     def _resume(self) -> int:
-        done = 0
-        while done < self.config.epochs and checkpoint_path(self.folder, self.trial, done).exists():
+        done, count = 0, self.config.checkpoint_counts[1]
+        while done < count and checkpoint_path(self.folder, self.trial, done).exists():
             done += 1
         done = self.workers.broadcast(done)
-        if 0 < done < self.config.epochs:
+        if 0 < done < count:
             saved = safetensors_io.load(checkpoint_path(self.folder, self.trial, done - 1), again=True)
             self.network.load_state_dict(weights_of(saved))
             for i, parameter in enumerate(self.parameters):

@@ -73,8 +73,8 @@ def forward_mode(spec: NetworkSpec, score: ScoreSection, passes: int, on_gpu: bo
 def describe(prepared: PreparedDataset, config: Config) -> str:
     """How samples are scored, for the user."""
     score = config.score
-    trials, epochs = score.checkpoint_counts
-    checkpoints = trials * len(factory.needed_epochs(factory.build_criteria(score).values(), epochs))
+    trials, count = score.checkpoint_counts
+    checkpoints = trials * len(factory.needed_epochs(factory.build_criteria(score).values(), count))
     spec = proxy.network_spec(score, prepared.shape, len(prepared.class_names), prepared.kind)
     mode = forward_mode(spec, score, sum(prepared.counts()) * checkpoints, precision.on_gpu(config))
     return f"scoring: {mode.note}"

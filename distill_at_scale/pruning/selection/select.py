@@ -1,6 +1,7 @@
 """Level 1, static pruning: scores -> manifest of kept samples (arXiv 2305.18381, section 3).
 
-Samples are ranked within each class or over all classes, ties by sample id, and the first are kept. Rows stream through:
+Samples are ranked within each class or over all classes, ties by sample id, and the first are kept. `orders.py` has the orders
+that do not follow the ranking alone. Rows stream through:
 memory holds the numbers of the largest class and, for the global scope, a 32-bit key per sample.
 """
 
@@ -13,10 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from distill_at_scale.config.sections import SelectSection
+from distill_at_scale.config.sections import ORDER_KEYS, SelectSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.prefetch import prefetch
 from distill_at_scale.data.prepared.parquet import RowGroupWriter
+from distill_at_scale.pruning.selection import orders
 from distill_at_scale.pruning.selection.quotas import Cut, build_cut
 from distill_at_scale.pruning.selection.ranking import Ranking, build_ranking, ranks_of
 from distill_at_scale.pruning.selection.score_reader import ScoreReader, Unsorted
@@ -47,15 +49,16 @@ def select(
         The metadata of the manifest.
 
     Raises:
-        UserError: an unknown criterion; a score that is not finite; a repeated id; a table that is damaged, empty, or
-            unsorted and too long to sort here.
+        UserError: an unknown criterion; clusters that are not scored; a score that is not finite; a repeated id; a table that
+            is damaged, empty, or unsorted and too long to sort here.
     """
     reader, counts = ScoreReader(scores), dict[int, ClassCount]()
     ranking = build_ranking(criterion, low_is_useful, config.order, seed)
     ranking.check(reader)
+    orders.check(config.order, reader.schema.names)
     try:
         cut = build_cut(config, minimum, reader, ranking)
-        ranked = prefetch(_rank_and_cut(reader, ranking, cut, counts))
+        ranked = prefetch(_rank_and_cut(config, reader, ranking, cut, counts))
         rows = next(ranked)
         for ids in reader.ids():  # the ids stream past; they are neither gathered nor held
             while rows.num_rows < len(ids):
@@ -70,6 +73,7 @@ def select(
         "order": config.order,
         "scope": config.scope,
         "stratum_start": config.stratum_start,
+        **{key: getattr(config, key) for key in ORDER_KEYS.get(config.order, ())},
         "asked": {"per_class": config.per_class} if config.per_class else {"keep": config.keep},
         "reached": round(kept / total, 8),
         "kept": kept,
@@ -80,16 +84,21 @@ def select(
     return facts | cut.facts() | ranking.facts() | {"min_per_class": minimum, "seed": seed}
 
 
-def _rank_and_cut(reader: ScoreReader, ranking: Ranking, cut: Cut, counts: dict[int, ClassCount]) -> Iterator[pa.Table]:
+def _rank_and_cut(
+    config: SelectSection, reader: ScoreReader, ranking: Ranking, cut: Cut, counts: dict[int, ClassCount]
+) -> Iterator[pa.Table]:
     """The columns of the manifest except the ids, class by class; fills `counts`."""
-    done = 0
-    for label, rows in reader.classes(ranking.columns):
+    done, clusters = 0, [orders.CLUSTERS] if config.order == orders.CLUSTERS else []
+    for label, rows in reader.classes([*ranking.columns, *clusters]):
         values = ranking.values(label, rows)
         if not (finite := np.isfinite(values)).all():
             sample = reader.id_of(done + int(np.argmin(finite)))
             raise UserError(f"the score {ranking.name} of sample {sample!r} is not finite; run `score` again")
         keys = ranking.keys(values)
         ranks = ranks_of(keys)
+        if config.order in orders.DRAWN:
+            numbers = rows[orders.CLUSTERS].to_numpy() if clusters else None
+            ranks = orders.reorder(config, ranking.seed, label, ranks, values, numbers)
         kept, raised = cut(label, keys, ranks)
         counts[label] = ClassCount(len(kept), int(np.count_nonzero(kept)), raised)
         labels = rows["label"].cast(pa.int32())

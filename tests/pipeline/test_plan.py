@@ -397,6 +397,28 @@ def test_several_workers_of_a_proxy_can_be_planned(planner):
     assert planner(config).score().parts["proxies"] > 0
 
 
+def test_criteria_that_compare_checkpoints_can_be_planned_for_parts_of_an_epoch(planner):
+    criteria = {"score__criterion": ["cad", "forgetting", "clusters"], "score__cad_length": 3}
+    parts = planner(tiny_config("x", **criteria, score__epochs=0.6, score__checkpoints_per_epoch=10)).score().parts
+    assert all(parts[name] > 0 for name in ("proxies", "score", "cluster"))
+
+
+def test_the_price_of_scoring_follows_epochs_checkpoints_and_clusters(planner, monkeypatch):
+    rates = {name: Rate.fixed(seconds) for name, seconds in (("train a proxy", 1.0), ("score", 1.0), ("rest", 0.0))}
+    monkeypatch.setattr(DryRun, "stage", lambda *arguments, **keys: rates)
+
+    def price(**keys):
+        made = planner(tiny_config("x", score__trials=1, **{f"score__{key}": value for key, value in keys.items()}))
+        return made.measured.trained, made.layout.actors().side, made.score().parts
+
+    trained, side, parts = price(criterion="cad", epochs=0.6, checkpoints_per_epoch=10)
+    assert parts["proxies"] == pytest.approx(0.6 * 90 / trained)
+    assert parts["score"] == pytest.approx(90 * 5 / side)  # of six checkpoints all but the last
+    assert "cluster" not in parts
+    few, many = (price(criterion=["loss", "clusters"], clusters=count)[2]["cluster"] for count in (2, 20))
+    assert many == pytest.approx(10 * few)
+
+
 def test_only_proxies_in_training_hold_a_window_of_images(planner):
     config = tiny_config("x", cluster__address=None, score__trials=1)
     made = planner(config)

@@ -29,6 +29,7 @@ from distill_at_scale.pruning.scoring import scorer
 RAY = 0.5  # starts of a process: the start of Ray and of its processes
 POOL, TASKS, TRAIN = 4.0, 5.0, 12.0  # seconds, on a running cluster: an actor pool's start, a first task's, a group's
 SELECT_EACH, SELECT_ONCE, REPORT = 2e-6, 0.01, 0.6  # seconds: select per sample, select, report
+KMEANS = 1e-8  # seconds per sample, feature and cluster, over all rounds of k-means; measured with CIFAR-10's sizes
 UNSURE = 0.1  # of an estimate, besides the spread of its measurements
 PROCESS = 450 * 2**20  # bytes of a process that has loaded torch
 IDS = 64  # bytes of a sample's id, label and score in a table
@@ -126,6 +127,9 @@ class Planner:
         seen = rates(passing, scorer.forward_mode(spec, score, facts.train * checkpoints, on_gpu))
         parts += [("score", facts.train * checkpoints / passing.side, seen["score"])]
         parts += [("score", 1, Rate.fixed(seen["score"].once)), ("write", 1, seen["rest"])]
+        if "clusters" in criteria:  # the concatenated features of all trials, in one thread
+            products = float(facts.train) * trials * score.features * score.clusters
+            parts.append(("cluster", products, Rate(KMEANS, KMEANS / 3, 3 * KMEANS)))
         if trials > 1:  # SciPy is loaded for their agreement, which takes about as long as that part of torch
             parts.append(("write", 1, Rate.fixed(self.measured.load)))
         return self._stage("score", parts, POOL, notes)

@@ -188,9 +188,9 @@ def test_outputs_are_stored_in_the_order_of_publication(copies, monkeypatch):
     a, _ = copies
     stored = []
     monkeypatch.setattr(FolderSync, "_store", lambda self, names: stored.extend(names))
-    for time, name in enumerate(["pieces/1.rejected", "pieces/1.arrow", "pieces/2.rejected", "pieces/2.arrow"]):
+    for second, name in enumerate(["pieces/1.rejected", "pieces/1.arrow", "pieces/2.rejected", "pieces/2.arrow"]):
         write(a, name, "x")
-        os.utime(a.local / name, ns=(time, time))
+        os.utime(a.local / name, ns=(second, second))
     a.push()
     for number in "12":
         assert stored.index(f"pieces/{number}.rejected") < stored.index(f"pieces/{number}.arrow")

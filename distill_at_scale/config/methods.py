@@ -93,6 +93,12 @@ class MTTSection(Section):
     expert_momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the experts")
     expert_weight_decay: float = Field(0.0, ge=0, description="weight decay of the experts")
     expert_augment: str = Field(SIAMESE_AUGMENT, description="augmentation of expert training")
+    expert_infobatch: float = later_key(
+        0.0,
+        ge=0,
+        lt=1,
+        description="experts: probability to leave a sample of below-mean loss out of an epoch (InfoBatch); 0: off",
+    )
     init: Init = Field("real", description="initial images: noise or real samples")
     augment: str = Field(SIAMESE_AUGMENT, description="siamese augmentation: families joined by _, or none")
 
@@ -131,6 +137,12 @@ class TeacherSection(Section):
     teacher_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of teacher training")
     teacher_weight_decay: float = Field(5e-4, ge=0, description="weight decay of teacher training")
     teacher_augment: str = Field(SIAMESE_AUGMENT, description="augmentation of teacher training")
+    teacher_infobatch: float = later_key(
+        0.0,
+        ge=0,
+        lt=1,
+        description="teacher: probability to leave a sample of below-mean loss out of an epoch (InfoBatch); 0: off",
+    )
     label_epochs: int = Field(300, ge=1, description="student epochs with a stored soft label for every view")
     temperature: float = Field(20.0, gt=0, description="temperature of the soft labels")
     top_k: int | None = Field(None, ge=1, description="classes to store per soft label; null: all")
@@ -160,6 +172,30 @@ class RDEDSection(TeacherSection):
     crops: int = Field(5, ge=1, description="crops per real image; the most realistic one counts")
     candidates: int = Field(300, ge=1, description="largest number of real images per class to crop from")
     crop_scale: float = Field(0.5, gt=0, le=1, description="smallest share of an image that a patch shows")
+
+
+class CoresetSection(Section):
+    """The first kept samples of each class, in the order of the selection's rank, as they are."""
+
+    student_augment: str = Field(
+        SIAMESE_AUGMENT,
+        description="augmentation of evaluation networks; no flip for digits; none: 300 epochs, not 1000",
+    )
+
+
+class PCASection(Section):
+    """Prune, combine, augment: tiles of the first kept images, evaluated with crops of about a tile (arXiv 2502.06434)."""
+
+    factor: int = Field(2, ge=1, le=8, description="an image shows factor x factor kept images, reduced to tiles")
+    crop_spread: float = Field(
+        2.0,
+        ge=1,
+        description="crops of evaluation networks have between 1 / crop_spread and crop_spread of a tile's area",
+    )
+    student_augment: str = Field(
+        "flip", description="further augmentation of evaluation networks, besides the crops; no flip for digits"
+    )
+    student_cutmix: float = Field(0.0, ge=0, le=1, description="share of evaluation batches with CutMix")
 
 
 class DistillSection(Section):
@@ -199,6 +235,8 @@ class DistillSection(Section):
     tesla: TESLASection = TESLASection()
     sre2l: SRe2LSection = SRe2LSection()
     rded: RDEDSection = RDEDSection()
+    pca: PCASection = PCASection()
+    coreset: CoresetSection = CoresetSection()
     options: dict[str, Any] = Field({}, description="options of your own method (package.module:Object)")
 
     @field_validator("workers", mode="before")
@@ -257,6 +295,12 @@ class EvaluateSection(Section):
         [], description="upper bounds: also train on the kept samples, on the full split"
     )
     bound_epochs: int = Field(30, ge=1, description="epochs of the upper bounds")
+    bound_infobatch: float = later_key(
+        0.0,
+        ge=0,
+        lt=1,
+        description="bounds: probability to leave a sample of below-mean loss out of an epoch (InfoBatch); 0: off",
+    )
     precision: Literal["auto", "fp32", "bf16"] = later_key(
         "auto",
         earlier="fp32",

@@ -38,7 +38,7 @@ BUILT_IN = {
         "moving_digits", "videofolder", "audiofolder", "kinetics", "kinetics_tar", "ucf101", "hmdb51", "something_v2",
         "tensors",
     ),
-    "method": ("dc", "dsa", "dm", "idc", "mtt", "tesla", "sre2l", "rded"),
+    "method": ("dc", "dsa", "dm", "idc", "mtt", "tesla", "sre2l", "rded", "pca", "coreset"),
     "network": (
         "mlp", "convnet", "convnet_bn", "alexnet", "vgg11", "resnet18", "resnet18_bn", "resnet50", "resnet50_bn",
         "convnet3d", "r3d_18", "r3d_18_bn", "r2plus1d_18", "r2plus1d_18_bn",

@@ -78,9 +78,9 @@ def check_inputs(config: Config, prepared: evaluate.DataSummary, kept_per_class:
     """Find errors before any worker starts.
 
     Raises:
-        UserError: a class keeps no sample, or fewer than `distill.ipc` if images start from real ones; there are more workers
-            than classes; `select.refresh` is set for a method or a `select.order` that does not support it; or
-            `distill.evaluate_every` is set without a test split.
+        UserError: a class keeps no sample, or fewer than the method needs; there are more workers than classes;
+            `select.refresh` is set for a method or a `select.order` that does not support it; or `distill.evaluate_every` is
+            set without a test split.
     """
     names, section, method = prepared.class_names, config.distill, method_class(config)
     count = len(names)
@@ -91,6 +91,12 @@ def check_inputs(config: Config, prepared: evaluate.DataSummary, kept_per_class:
             )
         if method.init_of(config) == "real" and kept < section.ipc:
             raise UserError(too_few_message(name, kept, section.ipc))
+        if kept < (first := method.first_kept(config) or 0):
+            lower = "distill.ipc" if first == section.ipc else f"distill.ipc or distill.{section.method}.factor"
+            raise UserError(
+                f"{kept} samples of the class {name!r} are kept, but {section.method} needs {first} of each class; set "
+                f"select.per_class={first} or select.min_per_class={first}, or lower {lower}"
+            )
     if config.select.refresh and method.judge is Method.judge:
         able = ", ".join(name for name, kind in METHODS.items() if kind.judge is not Method.judge)
         raise UserError(
@@ -174,7 +180,10 @@ class Distillation:
         prepared = self.prepared = PreparedDataset(paths.prepared)
         self.context = method_context(config, prepared, paths, workers, device)
         labels, hold, memory = self.context.labels, config.distill.hold, worker_memory(config, workers, device)
-        self.sampler = ClassSampler.load(prepared, paths.manifest, labels, config.distill_seed, device, hold, memory)
+        first = method_class(config).first_kept(config)
+        self.sampler = ClassSampler.load(
+            prepared, paths.manifest, labels, config.distill_seed, device, hold, memory, first
+        )
         self.normalization = self.sampler.normalization
         self.method, self.steps = method_class(config)(self.context), self.context.steps
         self.method.prepare(self.sampler)

@@ -89,6 +89,7 @@ class Evaluator:
             precision,
             progressed,
             f"evaluation of {job}",
+            self.config.evaluate.bound_infobatch if job.set in self.config.evaluate.bounds else 0.0,
         )
         return {**asdict(job), **result, "seconds": round(time.perf_counter() - started, 3)}
 
@@ -100,6 +101,9 @@ class Evaluator:
             protocol = replace(protocol, lr=TrainingProtocol(1).lr)
         if protocol.labels == "soft":
             protocol = replace(protocol, labels="hard")
+        if protocol.crop is not None:  # of tiles: a real image is one sample, and the largest crop is all of it
+            smallest, largest = protocol.crop
+            protocol = replace(protocol, crop=(smallest / largest, 1.0))
         if job.set == "random_real":
             return protocol.overridden(section)
         if protocol.labels == "views":
@@ -126,14 +130,14 @@ class Evaluator:
 
 def train_and_test(
     spec: NetworkSpec, data: TrainingSet, protocol: TrainingProtocol, seed: int, test: tuple[Tensor, Tensor, Normalization],
-    device: torch.device, precision: str, progressed: Progressed, name: str,
+    device: torch.device, precision: str, progressed: Progressed, name: str, infobatch: float = 0.0,
 ) -> dict[str, Any]:  # fmt: skip
     """Train a network on a set, and test its last epoch on stored samples, their labels and their normalisation.
 
     Returns top1, top5 (fractions of the test samples) and per_class. Raises DistillationDiverged, with `name`, if the trained
     weights are not finite.
     """
-    network = students.train(spec, data, protocol, seed, device, precision, progressed)
+    network = students.train(spec, data, protocol, seed, device, precision, progressed, infobatch)
     accuracy = students.test(network, *test, device, spec.microbatch(device), precision)
     if not all(torch.isfinite(p).all() for p in network.parameters()):
         raise DistillationDiverged(f"{name} diverged, at a learning rate of {protocol.lr:g}; lower evaluate.lr")

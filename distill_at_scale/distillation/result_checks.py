@@ -32,7 +32,8 @@ def warnings(config: Config, synthetic: SyntheticSet, data: PreparedDataset, man
         result.append("the loss was 0 at every logged step, so the images did not change")
     elif len(losses) >= FEWEST_LINES and max(losses) - min(losses) <= SAME_LOSS * max(map(abs, losses)):
         result.append(f"the loss was {losses[0]:.4g} at every logged step, so the images learned nothing")
-    if engine.method_class(config).ranks_patches:
+    method = engine.method_class(config)
+    if method.ranks_patches or method.first_kept(config):
         return result  # its images are made of real ones
     equal, compared, few = equal_to_real(synthetic, data, manifest)
     if equal:

@@ -30,12 +30,12 @@ INT16_CLASSES = 2**15  # class numbers up to this many fit into 16 bits
 CompactLogits = tuple[Tensor, Tensor | None]  # float16 values [..., k] and their classes; None: all classes in order
 
 
-def resized_crop_boxes(numbers: Tensor, min_area: float) -> Tensor:
+def resized_crop_boxes(numbers: Tensor, min_area: float, max_area: float = 1.0) -> Tensor:
     """Uniform numbers [n, 4] -> random resized crops (top, left, height, width) [n, 4], as shares of the sides.
 
-    The area is uniform in [min_area, 1], the log of the aspect ratio in +-log(4 / 3), less if the crop would not fit.
+    The area is uniform in [min_area, max_area], the log of the aspect ratio in +-log(4 / 3), less if the crop would not fit.
     """
-    area = min_area + numbers[:, 0] * (1 - min_area)
+    area = min_area + numbers[:, 0] * (max_area - min_area)
     ratio = ((2 * numbers[:, 1] - 1) * (-area.log()).clamp(0, MAX_LOG_RATIO)).exp()
     height, width = (area / ratio).sqrt(), (area * ratio).sqrt()
     return torch.stack([numbers[:, 2] * (1 - height), numbers[:, 3] * (1 - width), height, width], 1)

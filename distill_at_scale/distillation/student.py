@@ -20,14 +20,24 @@ from distill_at_scale.core import rng
 from distill_at_scale.core.errors import RunWarning, UserError
 from distill_at_scale.core.progress import Progressed
 from distill_at_scale.data.prepared.normalization import Normalization
-from distill_at_scale.distillation.augment import Augmentation, cutmix
-from distill_at_scale.distillation.soft_labels import StoredLabels, TeacherLabels, ViewPlan, merge_last_batch
+from distill_at_scale.distillation.augment import FLIP, Augmentation, cutmix
+from distill_at_scale.distillation.soft_labels import (
+    StoredLabels,
+    TeacherLabels,
+    ViewPlan,
+    crop_and_flip,
+    merge_last_batch,
+    resized_crop_boxes,
+)
 from distill_at_scale.models.precision import autocast
 from distill_at_scale.models.spec import NetworkSpec, mixes_samples
+from distill_at_scale.pruning.infobatch import InfoBatch
 
 SMALL_BATCH = 16  # images below which the statistics of batch norm are poor
 
-WeightedTargets = list[tuple[float, Tensor]]  # shares, and classes or (log) probabilities
+WeightedTargets = list[
+    tuple[float, Tensor, Tensor]
+]  # shares, classes or (log) probabilities, and rows of their samples
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,7 @@ class TrainingProtocol:
     temperature: float = 1.0  # of soft labels
     view_scale: float = 1.0  # labels: views: smallest share of an image's area in a view
     view_seed: int = 0  # labels: views: seed of views and batches
+    crop: tuple[float, float] | None = None  # smallest and largest share of an image in a random crop; not for views
 
     @property
     def plan(self) -> ViewPlan:
@@ -56,14 +67,17 @@ class TrainingProtocol:
         return ViewPlan(self.view_seed, self.batch, self.view_scale, self.augment == "flip", self.cutmix)
 
     def card(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON values; without `crop`, if there is none, so that earlier versions read it."""
+        crop = {} if self.crop is None else {"crop": list(self.crop)}
+        return {key: value for key, value in asdict(self).items() if key != "crop"} | crop
 
     @classmethod
     def from_card(cls, card: Mapping[str, Any]) -> TrainingProtocol:
         """Raises UserError for a key that this version does not know, since it would change the result."""
         if unknown := sorted(set(card) - {f.name for f in fields(cls)}):
             raise UserError(f"the set is trained with {unknown[0]!r}, which this version does not know; update it")
-        return cls(**card)
+        crop: dict[str, Any] = {"crop": tuple(card["crop"])} if "crop" in card else {}
+        return cls(**{**card, **crop})
 
     def overridden(self, section: EvaluateSection) -> TrainingProtocol:
         """This protocol with the values that the configuration sets.
@@ -103,11 +117,12 @@ class TrainingSet:
 
 def train(
     spec: NetworkSpec, data: TrainingSet, protocol: TrainingProtocol, seed: int, device: torch.device,
-    precision: str = "fp32", progressed: Progressed = lambda percent: None,
+    precision: str = "fp32", progressed: Progressed = lambda percent: None, infobatch: float = 0.0,
 ) -> nn.Module:  # fmt: skip
     """Train a network from scratch; the whole set is held on the device, the weights are float32 in any `precision`.
 
-    `progressed` takes per cent.
+    `progressed` takes per cent. `infobatch` is the r of `pruning/infobatch.py`, for hard labels; batches that CutMix mixes are
+    rescaled, and their losses are not remembered.
     """
     network = spec.build(rng.derive(seed, "network")).to(device).train()
     parameters = list(network.parameters())
@@ -132,18 +147,20 @@ def train(
             stacklevel=2,
         )
     at_once = len(data.labels) if has_batch_norm else spec.microbatch(device)
-    seen, total = 0, protocol.epochs * len(data.labels)
+    total = protocol.epochs * len(data.labels)
+    rule = InfoBatch(infobatch, len(data.labels), protocol.epochs, seed, device)
     for epoch in range(protocol.epochs):
+        seen, kept = epoch * len(data.labels), rule.start(epoch)
         if protocol.labels == "views":
             batches = view_batches(data, protocol, epoch)
         else:
-            batches = epoch_batches(data, protocol, rng.generator(seed, "epoch", epoch), has_batch_norm)
+            batches = epoch_batches(data, protocol, rng.generator(seed, "epoch", epoch), has_batch_norm, kept=kept)
         for images, weighted in batches:
             optimizer.zero_grad()
             for part, targets in _parts(images, weighted, at_once):
                 with autocast(precision, device):
                     logits = network(part)
-                (_loss(protocol, logits.float(), targets) * (len(part) / len(images))).backward()
+                (_loss(protocol, logits.float(), targets, rule) * (len(part) / len(images))).backward()
             optimizer.step()
             seen += len(images)
             progressed(100 * seen // total)
@@ -152,26 +169,38 @@ def train(
 
 
 def epoch_batches(
-    data: TrainingSet, protocol: TrainingProtocol, generator: torch.Generator, merge: bool, shuffle: bool = True
-) -> Iterator[tuple[Tensor, WeightedTargets]]:
-    """An epoch's augmented images with their targets; `merge`: avoid a last batch of one image."""
+    data: TrainingSet, protocol: TrainingProtocol, generator: torch.Generator, merge: bool, shuffle: bool = True,
+    kept: Tensor | None = None,
+) -> Iterator[tuple[Tensor, WeightedTargets]]:  # fmt: skip
+    """An epoch's augmented images with their targets; `merge`: avoid a last batch of one image. `kept` bool [n]: of these.
+
+    With `protocol.crop` every image is cropped, and mirrored with the crop if `augment` has flip; the other families follow.
+    """
 
     def targets(rows: Tensor) -> Tensor:
         if protocol.labels == "soft":
             return (data.soft["soft_labels"][rows] / protocol.temperature).softmax(1)
         return data.labels[rows]
 
-    augmentation = Augmentation(protocol.augment)
+    augmentation, crop, mirror = Augmentation(protocol.augment), protocol.crop, False
+    if crop is not None:
+        mirror = "flip" in augmentation.families
+        augmentation.families = tuple(name for name in augmentation.families if name != "flip")
     order = torch.randperm(len(data.labels), generator=generator) if shuffle else torch.arange(len(data.labels))
-    batches = order.split(protocol.batch)
+    batches = (order if kept is None else order[kept[order]]).split(protocol.batch)
     for rows in merge_last_batch(batches) if merge else batches:
         rows = rows.to(data.images.device)
-        images = augmentation.draw(generator, per_image=len(rows)).apply(data.normalized(rows))
-        weighted = [(1.0, targets(rows))]
+        images = data.normalized(rows)
+        if crop is not None:
+            boxes = resized_crop_boxes(torch.rand(len(rows), 4, generator=generator), *crop)
+            images = crop_and_flip(images, boxes, torch.rand(len(rows), generator=generator) < FLIP * mirror)
+        images = augmentation.draw(generator, per_image=len(rows)).apply(images)
+        weighted = [(1.0, targets(rows), rows)]
         if protocol.cutmix and len(rows) > 1 and float(torch.rand(1, generator=generator)) < protocol.cutmix:
             mixed = cutmix(images, generator)
             images = mixed.images
-            weighted = [(mixed.share, targets(rows)), (1 - mixed.share, targets(rows[mixed.order]))]
+            others = rows[mixed.order]
+            weighted = [(mixed.share, targets(rows), rows), (1 - mixed.share, targets(others), others)]
         yield images, weighted
 
 
@@ -181,25 +210,25 @@ def view_batches(data: TrainingSet, protocol: TrainingProtocol, epoch: int) -> I
     epoch = epoch % data.views.epochs
     for batch in protocol.plan.batches(epoch, len(data.labels)):
         views = batch.apply(data.normalized(batch.rows))
-        yield views, [(1.0, (data.views.logits(epoch, batch, views) / protocol.temperature).log_softmax(1))]
+        targets = (data.views.logits(epoch, batch, views) / protocol.temperature).log_softmax(1)
+        yield views, [(1.0, targets, batch.rows)]
 
 
 def _parts(images: Tensor, weighted: WeightedTargets, at_once: int) -> Iterator[tuple[Tensor, WeightedTargets]]:
     """A batch in parts of at most `at_once` images and of at most two sizes."""
     count = -(-len(images) // at_once)
-    shares, targets = zip(*weighted, strict=True)
-    for part, *its_targets in zip(
-        images.tensor_split(count), *(each.tensor_split(count) for each in targets), strict=True
-    ):
-        yield part, list(zip(shares, its_targets, strict=True))
+    targets = [zip(t.tensor_split(count), rows.tensor_split(count), strict=True) for _, t, rows in weighted]
+    for part, *its_targets in zip(images.tensor_split(count), *targets, strict=True):
+        yield part, [(share, *own) for (share, *_), own in zip(weighted, its_targets, strict=True)]
 
 
-def _loss(protocol: TrainingProtocol, logits: Tensor, weighted: WeightedTargets) -> Tensor:
+def _loss(protocol: TrainingProtocol, logits: Tensor, weighted: WeightedTargets, rule: InfoBatch) -> Tensor:
     if protocol.labels == "views":
         log_probabilities = (logits / protocol.temperature).log_softmax(1)
         divergence = F.kl_div(log_probabilities, weighted[0][1], reduction="batchmean", log_target=True)
         return divergence * protocol.temperature**2
-    return torch.stack([weight * F.cross_entropy(logits, targets) for weight, targets in weighted]).sum()
+    losses = [(w, rule.cross_entropy(logits, t, rows, remember=len(weighted) == 1)) for w, t, rows in weighted]
+    return torch.stack([weight * loss for weight, loss in losses]).sum()
 
 
 @dataclass(frozen=True)

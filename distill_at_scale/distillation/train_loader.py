@@ -28,7 +28,7 @@ class TrainLoader:
     ):  # fmt: skip
         if not augment:
             hard = {"labels": "hard"} if protocol.labels == "views" else {}
-            protocol = replace(protocol, augment="none", cutmix=0.0, **hard)  # type: ignore[arg-type]
+            protocol = replace(protocol, augment="none", cutmix=0.0, crop=None, **hard)  # type: ignore[arg-type]
         if protocol.labels == "views" and (batch_size not in (None, protocol.batch) or not shuffle):
             raise UserError(
                 f"the set has soft labels for views in shuffled batches of {protocol.batch}; leave batch_size and shuffle "
@@ -45,13 +45,16 @@ class TrainLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch, self.epoch = self.epoch, self.epoch + 1
         if self.protocol.labels == "views":
-            for images, [(_, log_probabilities)] in view_batches(self.data, self.protocol, epoch):
+            for images, [(_, log_probabilities, _)] in view_batches(self.data, self.protocol, epoch):
                 yield images, log_probabilities.exp()
             return
         draw = rng.generator(self.seed, "train loader", epoch)
         for images, weighted in epoch_batches(self.data, self.protocol, draw, merge=True, shuffle=self.shuffle):
             if self.protocol.labels == "soft" or self.protocol.cutmix:
-                yield images, torch.stack([share * self._probabilities(targets) for share, targets in weighted]).sum(0)
+                yield (
+                    images,
+                    torch.stack([share * self._probabilities(targets) for share, targets, _ in weighted]).sum(0),
+                )
             else:
                 yield images, weighted[0][1]
 

@@ -26,7 +26,7 @@ from distill_at_scale.pruning.selection import quotas
 
 CLIP_KEYS = ("sampling", "stride", "decoder", "seek", "short")
 IMAGE_KEYS = ("size", "resize", "channels", "store", "quality", "max_pixels")
-TEACHER_KEYS = ("epochs", "batch", "lr", "momentum", "weight_decay", "augment")
+TEACHER_KEYS = ("epochs", "batch", "lr", "momentum", "weight_decay", "augment", "infobatch")
 CLUSTER_KEYS = ("gpus_per_worker", "grows", "actors", "max_failures", "object_store_mb")
 KEYS_OF_SOURCES = {  # keys that only some sources read
     "path": {*SOURCES} - {"digits"},
@@ -151,7 +151,7 @@ NO_EFFECT = (
     NoEffect("distill.tesla", ("label_lr", "label_init"), "distill.tesla.learn_labels",
              lambda c: c.distill.method == "tesla" and not c.distill.tesla.learn_labels,
              "distill.tesla.learn_labels is false"),
-    NoEffect("evaluate", ("bound_epochs",), "evaluate.bounds", lambda c: not c.evaluate.bounds,
+    NoEffect("evaluate", ("bound_epochs", "bound_infobatch"), "evaluate.bounds", lambda c: not c.evaluate.bounds,
              "evaluate.bounds is empty, so no upper bound is trained"),
     NoEffect("run", ("scratch", "retry_seconds"), "run.dir", lambda c: "://" not in c.run.dir,
              "run.dir is on this machine, not on an object store"),

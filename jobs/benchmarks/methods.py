@@ -95,6 +95,8 @@ SCHEDULES: dict[str, dict[int, list[str]]] = {
     "idc": {1: ["distill.steps=12"], 10: ["distill.steps=8"]},
     "mtt": {1: ["distill.steps=200"], 10: ["distill.steps=60"]},
     "tesla": {1: ["distill.steps=200"], 10: ["distill.steps=60"]},
+    "pca": {},
+    "coreset": {},
 }
 
 if __name__ == "__main__":

@@ -203,6 +203,8 @@ def test_the_built_in_mlp_distils_signals(waves, tmp_path, method, section):
         ),
         ("mtt", "distill.mtt.augment=none distill.mtt.expert_augment=none"),
         ("rded", "crops images"),
+        ("pca", "crops images"),
+        ("coreset", "distill.coreset.student_augment=none"),
     ],
 )
 def test_what_methods_do_to_images_is_refused_with_all_keys(waves, method, wanted):

@@ -84,7 +84,9 @@ def start(places, made_networks):
         prepared = PreparedDataset(where.prepared)
         context = method_context(config, prepared, where, SingleProcess(), CPU)
         backend = method_class(config)(context)
-        backend.prepare(ClassSampler.load(prepared, where.manifest, context.labels, config.distill_seed, CPU))
+        first = method_class(config).first_kept(config)
+        seed = config.distill_seed
+        backend.prepare(ClassSampler.load(prepared, where.manifest, context.labels, seed, CPU, first=first))
         return backend
 
     return ready

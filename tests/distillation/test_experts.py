@@ -92,9 +92,9 @@ def test_experts_learn_their_samples(tmp_path):
     assert right[1] > 0.9
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_a_killed_expert_resumes_to_the_same_bytes(tmp_path, monkeypatch, momentum):
-    options = {"expert_momentum": momentum, "expert_augment": "color_crop", "experts": 1}
+@pytest.mark.parametrize(("momentum", "infobatch"), [(0.0, 0.0), (0.9, 0.0), (0.9, 0.5)])
+def test_a_killed_expert_resumes_to_the_same_bytes(tmp_path, monkeypatch, momentum, infobatch):
+    options = {"expert_momentum": momentum, "expert_augment": "color_crop", "experts": 1, "expert_infobatch": infobatch}
     uninterrupted, killed = train_experts(tmp_path / "whole", **options), tmp_path / "killed"
     epoch_of = ExpertTraining._epoch
 
@@ -143,7 +143,13 @@ def test_methods_share_experts_and_their_number_does_not_count(make_run, tmp_pat
     first = fingerprint()
     assert fingerprint("tesla") == first
     assert fingerprint(experts=3, student_steps=7, image_lr=3.0, augment="none") == first
-    for key, value in {"expert_lr": 0.02, "expert_epochs": 60, "expert_batch": 99, "expert_augment": "flip"}.items():
+    for key, value in {
+        "expert_lr": 0.02,
+        "expert_epochs": 60,
+        "expert_batch": 99,
+        "expert_augment": "flip",
+        "expert_infobatch": 0.5,
+    }.items():
         assert fingerprint(**{key: value}) != first
     assert network_inputs(run.config, run.pipeline.dir).fingerprint == first
     wider = make_run(tmp_path, distill__method="mtt", distill__width=16)
@@ -174,3 +180,19 @@ def test_a_damaged_epoch_of_an_unfinished_expert_is_named(tmp_path):
     ):
         train_experts(tmp_path, experts=1)
     train_experts(tmp_path, experts=1)
+
+
+def test_an_expert_with_infobatch_makes_the_steps_of_the_rule(tmp_path):
+    options = {"expert_epochs": 2, "experts": 1, "max_start": 0, "target_epochs": 1}
+    whole, rows = train_experts(tmp_path / "whole", **options), []
+    train_experts(tmp_path / "rule", **options, expert_infobatch=0.5)
+    for folder in (whole, tmp_path / "rule"):
+        rows.append(safetensors_io.load(folder / "expert-000.safetensors")["parameters"])
+    assert torch.equal(rows[0][1], rows[1][1])  # nothing is known in the first epoch, and the second of two is the last
+    assert torch.equal(rows[0][2], rows[1][2])
+    options |= {"expert_epochs": 4}
+    seen, context = list[int](), make_context(make_config(**options, expert_infobatch=0.5), tmp_path / "seen")
+    METHODS["mtt"].make_network("expert-000.safetensors", replace(context, progressed=seen.append), make_sampler())
+    lengths = [max(n for n in seen if 27 * k < n <= 27 * (k + 1)) - 27 * k for k in range(4)]
+    assert lengths[0] == lengths[3] == 27
+    assert all(13 <= length < 27 for length in lengths[1:3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ import torch.nn.functional as F
 from conftest import FixedNetwork
 
 from distill_at_scale.config.methods import EvaluateSection
+from distill_at_scale.core import rng
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.distillation import student as students
 from distill_at_scale.distillation.student import TrainingProtocol, TrainingSet
 from distill_at_scale.models.spec import NetworkSpec
+from distill_at_scale.pruning.infobatch import InfoBatch
 
 SPEC = NetworkSpec("convnet", (1, 8, 8), 3, width=6)
 WITH_NORM = NetworkSpec("convnet_bn", (1, 8, 8), 3, width=6)
@@ -61,12 +64,12 @@ def test_every_student_sees_the_same_views():
 
 def test_the_loss_is_the_divergence_at_the_temperature_times_its_square():
     recorded, data = RecordingLabels(), a_training_set(views=RecordingLabels())
-    network = SPEC.build(0)
+    network, off = SPEC.build(0), InfoBatch(0.0, 10, 5, 0, CPU)
     for views, weighted in students.view_batches(data, VIEWS, 0):
         logits, targets = network(views).detach(), (recorded.logits(0, _Place, views) / 4).softmax(1)
         expected = (targets * (targets.log() - (logits / 4).log_softmax(1))).sum(1).mean() * 16
-        assert float(students._loss(VIEWS, logits, weighted)) == pytest.approx(float(expected), rel=1e-4)
-        assert float(students._loss(VIEWS, targets.log() * 4, weighted)) == pytest.approx(0, abs=1e-5)
+        assert float(students._loss(VIEWS, logits, weighted, off)) == pytest.approx(float(expected), rel=1e-4)
+        assert float(students._loss(VIEWS, targets.log() * 4, weighted, off)) == pytest.approx(0, abs=1e-5)
 
 
 class _Place:
@@ -140,3 +143,43 @@ def test_logits_that_are_equal_in_bf16_are_told_apart():
     labels = torch.ones(5, dtype=torch.long)
     for precision in ("fp32", "bf16"):
         assert students.test(network, pixels, labels, plain, CPU, 2, precision).top1 == 1
+
+
+def test_infobatch_trains_on_fewer_samples_and_mixed_batches_leave_its_memory(monkeypatch):
+    data, passed, memories = a_training_set(), list[int](), list[torch.Tensor]()
+    start = InfoBatch.start
+
+    def spy(self, epoch):
+        memories.append(self.losses.clone())
+        kept = start(self, epoch)
+        passed.append(int(kept.sum()))
+        return kept
+
+    monkeypatch.setattr(InfoBatch, "start", spy)
+    protocol = TrainingProtocol(8, lr=0.1, batch=4)
+    plain = students.train(SPEC, data, protocol, 0, CPU)
+    assert passed == [len(data.labels)] * 8
+    assert memories[-1].isinf().all()
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), _reference(data, protocol), strict=True))
+    passed.clear()
+    students.train(SPEC, data, protocol, 0, CPU, infobatch=0.5)
+    assert passed[0] == passed[7] == len(data.labels) > max(passed[2:7])
+    assert not memories[-1].isinf().any()
+    memories.clear()
+    students.train(SPEC, data, replace(protocol, cutmix=1.0), 0, CPU, infobatch=0.5)
+    assert memories[-1].isinf().all()
+
+
+def _reference(data: TrainingSet, protocol: TrainingProtocol) -> list[torch.Tensor]:
+    """Plain SGD over the same shuffled batches."""
+    network = SPEC.build(rng.derive(0, "network")).train()
+    optimizer = torch.optim.SGD(network.parameters(), protocol.lr, 0.9, weight_decay=5e-4, fused=True)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [protocol.epochs // 2 + 1], gamma=0.1)
+    for epoch in range(protocol.epochs):
+        order = torch.randperm(len(data.labels), generator=rng.generator(0, "epoch", epoch))
+        for rows in order.split(protocol.batch):
+            optimizer.zero_grad()
+            F.cross_entropy(network(data.images[rows]), data.labels[rows]).backward()
+            optimizer.step()
+        scheduler.step()
+    return list(network.parameters())

@@ -38,9 +38,11 @@ def test_a_teacher_reports_the_samples_that_it_has_seen(tmp_path):
     assert METHODS["rded"].network_epochs(context.config) == 2
 
 
-def test_an_interrupted_teacher_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
-    uninterrupted = make_teacher(make_context(tmp_path / "a"))
-    context, epoch = make_context(tmp_path / "b"), teachers.TeacherTraining._epoch
+@pytest.mark.parametrize("infobatch", [0.0, 0.5])
+def test_an_interrupted_teacher_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, infobatch):
+    options = {"teacher_epochs": 4, "teacher_infobatch": infobatch}
+    uninterrupted = make_teacher(make_context(tmp_path / "a", **options))
+    context, epoch = make_context(tmp_path / "b", **options), teachers.TeacherTraining._epoch
 
     def stop(self, pixels, labels, normalization, number):
         if number == 2:
@@ -54,8 +56,19 @@ def test_an_interrupted_teacher_ends_as_an_uninterrupted_one(tmp_path, monkeypat
     seen = []
     monkeypatch.setattr(teachers.TeacherTraining, "_epoch", lambda *a: (seen.append(a[4]), epoch(*a))[1])
     assert torch.equal(weights(make_teacher(context)), weights(uninterrupted))
-    assert seen == [2]
+    assert seen == [2, 3]
     assert [p.name for p in context.networks.iterdir()] == [TEACHER]
+
+
+def test_a_teacher_with_infobatch_leaves_out_easy_samples_until_the_last_epoch(tmp_path):
+    seen, context = list[int](), make_context(tmp_path, teacher_epochs=8, teacher_infobatch=0.5)
+    make_teacher(replace(context, progressed=seen.append))
+    epochs = [[n - 60 * k for n in seen if 60 * k < n <= 60 * (k + 1)] for k in range(8)]
+    assert [max(epochs[k]) for k in (0, 7)] == [60, 60]
+    assert all(30 <= max(epoch) < 60 for epoch in epochs[1:7])
+    options = METHODS["rded"].network_options
+    assert options(context.config) != options(make_config(teacher_epochs=8))
+    assert "teacher_infobatch" not in options(make_config())  # teachers of earlier versions stay valid
 
 
 def test_both_methods_share_a_teacher_with_equal_options():

@@ -124,7 +124,7 @@ def test_labels_of_views_come_with_their_views_and_only_in_their_batches():
     loader, data, protocol = s.train_loader(), s.training_set(), s.protocol
     assert len(loader) == 3
     for epoch in range(3):  # the third repeats the first of two labelled epochs
-        for ours, (views, [(_, log_targets)]) in itertools.zip_longest(loader, view_batches(data, protocol, epoch)):
+        for ours, (views, [(_, log_targets, _)]) in itertools.zip_longest(loader, view_batches(data, protocol, epoch)):
             assert torch.equal(ours[0], views)
             assert torch.allclose(ours[1].log(), log_targets, atol=1e-5)
     for wrong in ({"batch_size": 4}, {"shuffle": False}):

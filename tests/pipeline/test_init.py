@@ -323,7 +323,7 @@ def test_a_budget_that_is_too_small_is_said_and_the_file_written(tmp_path, quick
     assert "does not fit the budget of 10.0 s: the smallest settings take" in lines.getvalue()
 
 
-@pytest.mark.parametrize("method", ["dc", "mtt", "rded"])
+@pytest.mark.parametrize("method", ["dc", "mtt", "rded", "pca"])
 def test_other_methods_have_settings_that_load(tmp_path, method):
     folders(tmp_path, size=(16, 16))
     inspection = inspected(tmp_path)

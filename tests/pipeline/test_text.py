@@ -116,6 +116,7 @@ CARD = {"protocol": {"labels": "hard"}, "runtime": {"rule": "none"}}
     ("more", "lines"),
     [
         ({"formation": 2}, "Each holds 2 × 2 training images"),
+        ({"protocol": {"crop": [0.125, 0.5]}}, f"random crops of 12.5{wording.NBSP}% to 50{wording.NBSP}% of each."),
         ({"protocol": {"labels": "soft"}}, "soft labels were learned"),
         ({"soft_labels": {"epochs": 300, "bytes_per_image": 6000.0}, "teacher": {"origin": "trained here"}},
          "gave a soft label to each of their views in 300 epochs; the labels take 6,000 bytes per image"),

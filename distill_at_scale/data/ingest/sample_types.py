@@ -23,7 +23,7 @@ NEUTRAL = {
     "augment": "none", "expert_augment": "none", "student_augment": "none",
     "factor": 1, "network_cutmix": 0.0, "student_cutmix": 0.0,
 }  # fmt: skip
-CROPPING = ("sre2l", "rded")  # methods that crop images
+CROPPING = ("sre2l", "rded", "pca")  # methods that crop images
 
 
 def holds_tensors(data: DataSection) -> bool:
@@ -53,7 +53,7 @@ def check(config: Config) -> None:
         raise UserError(f"{subject}; leave {'data.frames' if data.frames else 'data.store'} out")
     method = config.distill.method
     if method in CROPPING:
-        raise UserError(f"{subject}, but distill.method = {method} crops images; use dm, dc or mtt")
+        raise UserError(f"{subject}, but distill.method = {method} crops images; use dm, dc, mtt or coreset")
     section = getattr(config.distill, method, None)
     if wrong := {key: value for key, value in NEUTRAL.items() if getattr(section, key, value) != value}:
         settings = " ".join(f"distill.{method}.{key}={value}" for key, value in wrong.items())

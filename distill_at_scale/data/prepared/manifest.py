@@ -94,6 +94,24 @@ def kept_in_parts(path: Path, labels: Collection[int], others: bool = False) -> 
 
     With `others` also of the samples that are not kept, except those that are held out: their rank is negative.
     """
+    for label, rows in _rows(path, labels, ["sample_id"], others):
+        yield label, rows["sample_id"].combine_chunks()
+
+
+def first_kept(path: Path, labels: Collection[int], count: int) -> Iterator[tuple[int, pa.Array]]:
+    """(label, ids of its `count` kept samples of smallest rank, in the order of their ranks) for some classes."""
+    first: dict[int, pa.Table] = {}
+    for label, rows in _rows(path, labels, ["sample_id", "rank"]):
+        rows = pa.concat_tables([first[label], rows]) if label in first else rows
+        first[label] = rows.sort_by([("rank", "ascending"), ("sample_id", "ascending")])[:count]
+    for label, rows in first.items():
+        yield label, rows["sample_id"].combine_chunks()
+
+
+def _rows(
+    path: Path, labels: Collection[int], columns: Sequence[str], others: bool = False
+) -> Iterator[tuple[int, pa.Table]]:
+    """Some columns of the samples of `kept_in_parts`, per class and row group."""
     file, wanted = _open(path), np.array(sorted(labels), np.int32)
     with parquet.reading(path, "select"):
         for group in range(file.num_row_groups):  # statistics in the footer name the labels, too, but may lie
@@ -105,10 +123,10 @@ def kept_in_parts(path: Path, labels: Collection[int], others: bool = False) -> 
             chosen = table["rank"].to_numpy() >= 0 if others else table["kept"].to_numpy()
             mask = chosen & np.isin(labels_here, wanted)
             if mask.any():
-                ids = parquet.read_group(file, group, ["sample_id"])["sample_id"].combine_chunks()
-                ids, kept_labels = ids.take(pa.array(np.flatnonzero(mask))), labels_here[mask]
+                rows = parquet.read_group(file, group, columns)
+                rows, kept_labels = rows.take(pa.array(np.flatnonzero(mask))), labels_here[mask]
                 for label in np.unique(kept_labels):
-                    yield int(label), ids.filter(pa.array(kept_labels == label))
+                    yield int(label), rows.filter(pa.array(kept_labels == label))
 
 
 def _open(path: Path) -> pq.ParquetFile:

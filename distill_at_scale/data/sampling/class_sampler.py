@@ -53,12 +53,13 @@ class ClassSampler:
 
     @classmethod
     def load(cls, prepared: PreparedDataset, manifest: Path, labels: Collection[int], seed: int, device: torch.device,
-             hold: str = "auto", free: MemoryBudget | None = None) -> ClassSampler:  # fmt: skip
-        """The samples of some classes that the manifest keeps, placed by `hold` (distill.hold); `free` bounds auto.
+             hold: str = "auto", free: MemoryBudget | None = None, first: int | None = None) -> ClassSampler:  # fmt: skip
+        """The samples of some classes that the manifest keeps, placed by `hold` (distill.hold); `free` bounds auto. With
+        `first`, only so many of each class, in the order of their ranks.
 
         Raises UserError for a class without kept samples.
         """
-        places = placement.kept_places(prepared, manifest, labels)
+        places = placement.kept_places(prepared, manifest, labels, first=first)
         needed = sum(map(len, places.values())) * prepared.sample_bytes
         where, why = placement.choose(hold, needed, device, free or placement.memory_budget(device))
         if where == "shards":

@@ -18,7 +18,7 @@ from torch import Tensor
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import Array
-from distill_at_scale.data.prepared.manifest import kept_in_parts
+from distill_at_scale.data.prepared.manifest import first_kept, kept_in_parts
 
 DEVICE_SHARE, HOST_SHARE = 0.4, 0.5  # of free memory: networks and batches need the rest
 READ_BYTES = 32 * 2**20  # of samples that are read at once while filling memory
@@ -27,31 +27,36 @@ CGROUPS = [
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
 ]
 
-Places = Mapping[int, Array]  # label -> positions of the kept samples within the class, ascending
+Places = Mapping[int, Array]  # label -> positions of the kept samples within the class
 
 
 def kept_places(
-    prepared: PreparedDataset, manifest: Path, labels: Collection[int], others: bool = False
+    prepared: PreparedDataset, manifest: Path, labels: Collection[int], others: bool = False, first: int | None = None
 ) -> dict[int, Array]:
-    """Positions of the kept samples of some classes. Ids are joined class by class, so memory holds those of one.
+    """Positions of the kept samples of some classes, ascending. Ids are joined class by class, so memory holds those of one.
 
-    With `others` also of the samples that are not kept, except those that are held out.
+    With `others` also of the samples that are not kept, except those that are held out. With `first` only of so many kept ones,
+    in the order of their ranks.
 
     Raises UserError for a class without kept samples, and if the manifest keeps samples that the data lack.
     """
     masks = {label: np.zeros(prepared.counts("train")[label], bool) for label in sorted(labels)}
-    for label, ids in kept_in_parts(manifest, labels, others):
-        mask = pc.is_in(prepared.ids("train", label), ids).to_numpy(zero_copy_only=False)
+    ranked: dict[int, Array] = {}
+    for label, ids in first_kept(manifest, labels, first) if first else kept_in_parts(manifest, labels, others):
+        own = prepared.ids("train", label)
+        mask = pc.is_in(own, ids).to_numpy(zero_copy_only=False)
         if mask.sum() != len(ids):
             lost, name = len(ids) - mask.sum(), prepared.class_names[label]
             problem = f"{manifest} keeps {lost} samples of the class {name!r} that {prepared.folder} lacks"
             raise UserError(f"{problem}; it was made from other data: run `select` again")
         masks[label] |= mask
+        if first:
+            ranked[label] = pc.index_in(ids, own).to_numpy().astype(np.int32)
     for label, mask in masks.items():
         if not mask.any():
             problem = f"the manifest keeps no sample of the class {prepared.class_names[label]!r}"
             raise UserError(f"{problem}; raise select.keep or select.min_per_class")
-    return {label: np.flatnonzero(mask).astype(np.int32) for label, mask in masks.items()}
+    return ranked or {label: np.flatnonzero(mask).astype(np.int32) for label, mask in masks.items()}
 
 
 class InMemory:
@@ -105,8 +110,9 @@ class InShards:
         self.places = {**self.places, **places}
 
     def take(self, label: int, rows: Tensor) -> Tensor:
-        order = torch.argsort(rows).numpy()
-        ascending = self.prepared.take("train", label, self.places[label][rows.numpy()[order]], self.threads)
+        places = self.places[label][rows.numpy()]
+        order = np.argsort(places)
+        ascending = self.prepared.take("train", label, places[order], self.threads)
         stored = np.empty_like(ascending)
         stored[order] = ascending
         return torch.from_numpy(stored)
@@ -129,10 +135,11 @@ def read_in_parts(prepared: PreparedDataset, label: int, places: Array, threads:
 
 
 def _loaded(prepared: PreparedDataset, label: int, places: Array) -> Tensor:
-    """The samples at some positions of a class, ascending [n, *shape]."""
+    """The samples at some positions of a class [n, *shape]."""
     stored, start = torch.from_numpy(np.empty((len(places), *prepared.shape), prepared.dtype)), 0
-    for part in read_in_parts(prepared, label, places):
-        stored[start : start + len(part)] = part
+    order = np.argsort(places, kind="stable")
+    for part in read_in_parts(prepared, label, places[order]):
+        stored[order[start : start + len(part)]] = part
         start += len(part)
     return stored
 

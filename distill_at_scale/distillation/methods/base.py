@@ -146,6 +146,11 @@ class Method:
         raise NotImplementedError
 
     @staticmethod
+    def first_kept(config: Config) -> int | None:
+        """How many kept samples of each class the method reads, those of smallest rank; None: all. Fewer are an error."""
+        return None
+
+    @staticmethod
     def networks(config: Config) -> list[str]:
         """File names of the networks (experts, a teacher) to be trained before the first step."""
         return []

@@ -41,7 +41,8 @@ class MTT(ImageMethod):
     @classmethod
     def network_options(cls, config: Config) -> dict[str, Any]:
         """Keys do not name the method, so that methods share experts."""
-        own = {key: value for key, value in cls.section(config).model_dump().items() if key.startswith("expert_")}
+        section, neutral = cls.section(config), {"expert_infobatch": 0.0}  # a later key: it counts if it is used
+        own = {k: v for k, v in section.model_dump().items() if k.startswith("expert_") and v != neutral.get(k, ...)}
         return {f"distill.{key}": getattr(config.distill, key) for key in ("network", "width", "depth")} | own
 
     @classmethod

@@ -1,7 +1,7 @@
 """RDED: realistic, diverse and efficient patches (Sun, Shi, Yu & Lin 2024, arXiv 2312.03526).
 
-`patch_ranking.py` has ranked crops of real images; here the best ones are tiled (`distillation/README.md`). Steps only
-divide the work: step i of n builds the classes whose label is i modulo n. A patch of a clip is cut out of all its frames.
+`patch_ranking.py` has ranked crops of real images; here the best ones are tiled (`distillation/README.md`). A patch of a clip
+is cut out of all its frames.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.methods.base import Cost, FinalOutputs, MethodContext
 from distill_at_scale.distillation.methods.shared import patch_ranking
+from distill_at_scale.distillation.methods.shared.real_images import RealImagesMethod
 from distill_at_scale.distillation.methods.shared.teacher import TeacherMethod
 from distill_at_scale.distillation.multi_formation import assemble_parts
 from distill_at_scale.distillation.soft_labels import crop_and_flip
@@ -26,16 +27,11 @@ from distill_at_scale.distillation.soft_labels import crop_and_flip
 Array = np.ndarray[Any, Any]
 
 
-class RDED(TeacherMethod):
-    default_steps: ClassVar[int] = 1
+class RDED(RealImagesMethod, TeacherMethod):
     no_runtime: ClassVar[str] = "rded ranks all its real images once, so there is no real batch to prune"
     ranks_patches: ClassVar[bool] = True
     section_name: ClassVar[str] = "rded"
     options: RDEDSection
-
-    @staticmethod
-    def init_of(config: Config) -> str:
-        return "noise"  # needs no minimum of kept samples
 
     @classmethod
     def costs(cls, config: Config) -> list[Cost]:
@@ -44,30 +40,21 @@ class RDED(TeacherMethod):
         return [*super().costs(config), Cost("rank patches", section.teacher_network, "kept", section.crops, False)]
 
     def __init__(self, context: MethodContext) -> None:
-        self.context, self.options = context, self.section(context.config)
-        self.ipc = context.config.distill.ipc
+        super().__init__(context)
+        self.options = self.section(context.config)
         self.patches = self.ipc * self.options.factor**2  # of a class
         self.path = patch_ranking.table_path(context.networks, context.config)
 
     def prepare(self, real: ClassSampler) -> None:
-        self.real = real
+        super().prepare(real)
         shape = self.context.spec.shape
         if min(shape[-2:]) < self.options.factor:
             raise UserError(
                 f"distill.rded.factor = {self.options.factor} leaves no pixel for a patch of an image of {shape[-1]} pixels; "
                 "lower it"
             )
-        self.images = torch.zeros(len(self.context.labels), self.ipc, *shape)
 
-    def step(self, i: int) -> dict[str, float]:
-        losses = []
-        for k, label in enumerate(self.context.labels):
-            if label % self.context.steps == i:
-                self.images[k], loss = self._build(label)
-                losses.append(loss)
-        return {"loss": sum(losses) / max(1, len(losses)), "classes": float(len(losses))}
-
-    def _build(self, label: int) -> tuple[Tensor, float]:
+    def build(self, label: int) -> tuple[Tensor, dict[str, float]]:
         """The images of a class [ipc, *shape], and the mean loss of their patches."""
         table = patch_ranking.read_table(self.path, filters=[("label", "==", label)])  # sorted by row, then crop
         first = table.take(np.arange(0, table.num_rows, self.options.crops))  # one row per real image
@@ -79,10 +66,7 @@ class RDED(TeacherMethod):
         boxes = [patch_ranking.crop_boxes(self.context.seed, name, self.options)[crop] for name, crop in chosen]
         pixels = self.real.placement.take(label, rows)
         patches = crop_and_flip(self.real.normalization.apply(pixels).cpu(), torch.stack(boxes))
-        return assemble_parts(patches, self.options.factor), float(losses[images, crops].mean())
-
-    def snapshot(self) -> tuple[Tensor, Tensor]:
-        return self.images.flatten(0, 1).clone(), torch.tensor(self.context.labels).repeat_interleave(self.ipc)
+        return assemble_parts(patches, self.options.factor), {"loss": float(losses[images, crops].mean())}
 
     def finalize(self, images: Tensor, labels: Tensor) -> FinalOutputs:
         outputs = super().finalize(images, labels)
@@ -90,12 +74,6 @@ class RDED(TeacherMethod):
         ranked = zip(self.context.class_names, counts, strict=True)
         reused = {name: self.patches - n for name, n in ranked if n < self.patches}
         return replace(outputs, card={**outputs.card, "patches_of_reused_images": reused})
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {f"images/{label}": self.images[k] for k, label in enumerate(self.context.labels)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.images = torch.stack([state[f"images/{label}"] for label in self.context.labels])
 
 
 def best_crops(losses: Array, count: int) -> tuple[Array, Array]:

@@ -53,9 +53,8 @@ PROCESSES = 8  # side by side, at most
 EACH = 16  # samples of a class that are ingested at first
 CLASSES, SAMPLES, TESTS, BYTES = 20, 2048, 1000, 2**28  # limits of the dry set
 STEP, BATCH, TEST = 10.0, 4.0, 3.0  # seconds: a step and a batch at most, a test about
-REFRESH = (
-    10  # steps from one full measurement of runtime pruning to the next, at most: later ones count as if they came then
-)
+# steps from one full measurement of runtime pruning to the next, at most: later ones count as if they came then
+REFRESH = 10
 DRAWN = ("real_batch", "candidates")  # keys of methods: real samples of a class that a step may use
 SHORT = {"experts": 1, "expert_epochs": 1, "max_start": 0, "target_epochs": 1, "teacher_epochs": 1, "label_epochs": 1}
 STAGES: dict[str, Any] = {"score": score, "select": select, "distill": distill, "evaluate": evaluate}
@@ -251,11 +250,12 @@ class DryRun:
         self.classes = min(facts.classes, CLASSES, max(least, fit))
         batch = min(config.score.batch, max(4, int(short * BATCH / trained)))
         rows = max(self.drawn, -(-min(facts.train, max(SAMPLES, 8 * batch)) // self.classes))
-        self.each = max(1, wanted.ipc, min(rows, max(facts.counts), BYTES // (self.classes * facts.held)))
+        first = engine.method_class(config).first_kept(config) or 0
+        self.each = max(1, wanted.ipc, first, min(rows, max(facts.counts), BYTES // (self.classes * facts.held)))
         self.trained, self.networks = self.classes * self.each, len(engine.method_class(config).networks(config))
         self.tests = max(self.classes, min(facts.tests, TESTS, max(64, int(short * TEST / image))))
         keys = {key: value for key, value in SHORT.items() if hasattr(section, key)}
-        distill = {"steps": max(1, engine.step_count(config) * facts.classes // self.classes), "evaluate_every": 0}
+        distill = {"steps": engine.step_count(config), "evaluate_every": 0}
         distill |= {wanted.method: section.model_copy(update=keys)} if section is not None else {}
         evaluate = {"controls": [], "control": "none", "seeds": 1}
         once = {"trials": 1, "share": 1.0, "batch": batch, "workers": 1, "imported": {}, "weights": None}

@@ -214,9 +214,10 @@ class Planner:
             host, disk = 2 * facts.train * IDS, facts.train * IDS
         elif stage == "distill":
             side = self.layout.group(wanted.min_workers, wanted.max_workers).side
+            first = engine.method_class(config).first_kept(config)
             own = -(-facts.classes // side) if engine.method_class(config).parallel == "classes" else facts.classes
             pool, disk = (
-                sum(sorted(facts.kept, reverse=True)[:own]) * facts.held,
+                sum(sorted(min(n, first or n) for n in facts.kept)[-own:]) * facts.held,
                 4 * facts.classes * wanted.ipc * facts.values,
             )
             budget = placement.memory_budget(self.layout.device, side)

@@ -33,7 +33,9 @@ KEEP = {"images": 0.02, "clips": 0.4, "tensors": 0.5}  # at one sample per class
 NETWORK = {"images": "convnet", "clips": "convnet3d", "tensors": "mlp"}
 USED = 0.9  # of the budget, as estimates scatter
 MEASURE = 0.4  # seconds per measurement
-ENOUGH = {"dm": 200, "dc": 300, "dsa": 300, "idc": 20, "mtt": 200, "tesla": 200, "sre2l": 300, "rded": 1}
+ENOUGH = {
+    "dm": 200, "dc": 300, "dsa": 300, "idc": 20, "mtt": 200, "tesla": 200, "sre2l": 300, "rded": 1, "pca": 1, "coreset": 1,
+}  # fmt: skip
 FEW = 20  # steps of the smallest settings
 WIDTHS = (128, 64, 32, 16)
 AFFORDABLE = 0.25  # seconds of a batch in a measurement
@@ -256,7 +258,8 @@ def _base(inspection: Inspection, method: str, ipc: int, name: str, here: Machin
     if method in ("dc", "dsa", "idc") and keep * min(counts) >= 5 * LEAST_KEPT:
         runtime = "loss"
     section = {"dsa": ["augment"], "dm": ["augment"], "mtt": ["augment", "expert_augment"],
-               "tesla": ["augment", "expert_augment"], "idc": ["augment", "student_augment"]}  # fmt: skip
+               "tesla": ["augment", "expert_augment"], "idc": ["augment", "student_augment"],
+               "coreset": ["student_augment"]}  # fmt: skip
     if kind == "tensors":
         distill[method] = dict.fromkeys(section.get(method, []), "none")
         if method == "idc":
@@ -266,7 +269,7 @@ def _base(inspection: Inspection, method: str, ipc: int, name: str, here: Machin
     if here.gpus > 1 or (not here.gpus and here.cores > 2):
         cluster = {"address": None, "gpus_per_worker": 1 if here.gpus else 0}
         most = max(1, min(len(counts), here.gpus or here.cores))
-        distill["workers"] = most if method in ("dm", "dc", "dsa", "idc") else 1
+        distill["workers"] = most if method in ("dm", "dc", "dsa", "idc", "pca", "coreset") else 1
     values = {
         "run": {"dir": f"runs/{name}", "seed": 0}, "data": data, "score": score, "select": select, "distill": distill,
         "runtime": {"rule": runtime}, "evaluate": evaluate, "cluster": cluster,
@@ -297,7 +300,7 @@ def rungs(base: Config, kind: str, most: int) -> Iterator[Rung]:
         ({"evaluate.seeds": 3, "evaluate.epochs": 300, **proxies, **_method_keys(base, most, small=False)}, enough),
         (_widths(64, scored) | _method_keys(base, most, small=False), enough),
         ({"evaluate.seeds": 2, "evaluate.epochs": 100} | _method_keys(base, most, small=True), enough),
-        (_widths(32, scored) | ({"score.share": 0.5} if scored else {}), enough // 2),
+        (_widths(32, scored) | ({"score.share": 0.5} if scored else {}), max(1, enough // 2)),
         (_widths(16, scored) | ({"score.trials": 1, "score.share": 0.2} if scored else {}), FEW),
         ({"data.size": 32} if kind != "tensors" and base.data.size > 32 else {}, FEW),
     ):

@@ -44,6 +44,8 @@ def method_facts(card: Mapping[str, Any], many: str, dropped: float | None = Non
     facts: list[str] = []
     if (factor := card.get("formation", 1)) > 1:
         facts.append(f"Each holds {factor} × {factor} training {many}, which are cut out and enlarged before training.")
+    if crop := protocol.get("crop"):
+        facts.append(f"Networks are trained on random crops of {share(crop[0])} to {share(crop[1])} of each.")
     if protocol.get("labels") == "soft":
         facts.append("Their soft labels were learned with them.")
     if labels := card.get("soft_labels"):

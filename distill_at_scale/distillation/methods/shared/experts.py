@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from distill_at_scale.distillation.augment import Augmentation
 from distill_at_scale.distillation.methods.base import MethodContext
 from distill_at_scale.models.precision import autocast
 from distill_at_scale.models.spec import mixes_samples
+from distill_at_scale.pruning.infobatch import InfoBatch
 
 
 def expert_name(number: int) -> str:
@@ -54,6 +54,8 @@ class ExpertTraining:
         self.number, self.context, self.section = number, context, section
         self.pixels, self.labels = real.all_samples()
         self.normalization, self.augmentation = real.normalization, Augmentation(section.expert_augment)
+        seed = derive(context.seed, "expert rule", number)
+        self.rule = InfoBatch(section.expert_infobatch, len(self.labels), section.expert_epochs, seed, context.device)
         network = context.spec.build(derive(context.seed, "expert", number))
         refuse_batch_norm(context.spec.name, network)
         self.network = network.to(context.device).eval()
@@ -81,15 +83,16 @@ class ExpertTraining:
     def _epoch(self, epoch: int) -> None:
         device, at_once = self.context.device, self.context.spec.microbatch(self.context.device)
         rng, seen = generator(self.context.seed, "expert epoch", self.number, epoch), epoch * len(self.labels)
-        for rows in torch.randperm(len(self.labels), generator=rng).split(self.section.expert_batch):
+        order = torch.randperm(len(self.labels), generator=rng)
+        for rows in order[self.rule.start(epoch)[order]].split(self.section.expert_batch):
             images = self.normalization.apply(self.pixels[rows.to(self.pixels.device)].to(device))
             images = self.layout.images(self.augmentation.draw(rng, per_image=len(rows)).apply(images))
             targets = self.labels[rows].to(device)
             self.optimizer.zero_grad()
-            for part, part_targets in zip(images.split(at_once), targets.split(at_once), strict=True):
+            for part, part_targets, own in zip(*(t.split(at_once) for t in (images, targets, rows)), strict=True):
                 with autocast(self.context.config.distill.precision, device):
                     logits = self.network(part)
-                (F.cross_entropy(logits.float(), part_targets, reduction="sum") / len(rows)).backward()
+                (self.rule.cross_entropy(logits.float(), part_targets, own, "sum") / len(rows)).backward()
             self.optimizer.step()
             seen += len(rows)
             self.context.progressed(seen)
@@ -104,6 +107,8 @@ class ExpertTraining:
         buffers = [self.optimizer.state.get(p, {}).get("momentum_buffer") for p in self.network.parameters()]
         if all(buffer is not None for buffer in buffers):
             tensors["momentum"] = flat(buffers)
+        if self.rule.drop:
+            tensors["losses"] = self.rule.losses
         safetensors_io.save(_epoch_path(folder, epoch), tensors)
 
     def _resume(self, folder: Path) -> int:
@@ -124,6 +129,7 @@ class ExpertTraining:
             for parameter, values in zip(parameters, saved["momentum"].split(sizes), strict=True):
                 buffer = torch.empty_like(parameter).copy_(values.view(parameter.shape))
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer
+        self.rule.losses = saved.get("losses", self.rule.losses).to(self.rule.losses.device)
         return finished
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from distill_at_scale.config.load import Config
@@ -35,6 +34,7 @@ from distill_at_scale.models import pretrained, weight_check
 from distill_at_scale.models.precision import autocast
 from distill_at_scale.models.spec import NetworkSpec, builder, mixes_samples
 from distill_at_scale.models.weight_check import WeightCheck
+from distill_at_scale.pruning.infobatch import InfoBatch
 
 STUDENT_WEIGHT_DECAY = {"adamw": 0.01, "sgd": 1e-4}  # of the official code
 
@@ -69,7 +69,10 @@ class TeacherMethod(Method):
 
     @classmethod
     def network_options(cls, config: Config) -> dict[str, Any]:
-        options = {k: v for k, v in cls.section(config).model_dump().items() if k.startswith("teacher_")}
+        section, neutral = cls.section(config), {"teacher_infobatch": 0.0}  # a later key: it counts if it is used
+        options = {
+            k: v for k, v in section.model_dump().items() if k.startswith("teacher_") and v != neutral.get(k, ...)
+        }
         options |= {"width": config.distill.width, "depth": config.distill.depth}
         name = options.pop("teacher_weights")
         if not name:
@@ -227,16 +230,19 @@ class TeacherTraining:
             weight_decay=section.teacher_weight_decay, fused=True,
         )  # fmt: skip
         self.augmentation = Augmentation(section.teacher_augment)
+        self.rule = InfoBatch(0.0, 0, 0, 0, context.device)  # `run` knows the number of samples
 
     def run(self, real: ClassSampler) -> Teacher:
         """Train the epochs that are missing."""
         pixels, labels = real.all_samples()
+        drop, epochs, seed = self.section.teacher_infobatch, self.section.teacher_epochs, self.context.seed
+        self.rule = InfoBatch(drop, len(labels), epochs, seed, self.context.device)
         start, accuracy = self._resume()
         for epoch in range(start, self.section.teacher_epochs):
             accuracy = self._epoch(pixels, labels, real.normalization, epoch)
             self._save(epoch + 1, accuracy)
-        epochs = f"{self.section.teacher_epochs} epochs, {accuracy:.1%} right in the last one"
-        facts = replace(self.facts, origin=f"trained on the kept samples for {epochs}")
+        length = f"{epochs} epochs, {accuracy:.1%} right in the last one"
+        facts = replace(self.facts, origin=f"trained on the kept samples for {length}")
         return Teacher.from_state(facts, self.network.state_dict(), self.context.device)
 
     def _epoch(self, pixels: Tensor, labels: Tensor, normalization: Normalization, epoch: int) -> float:
@@ -245,15 +251,15 @@ class TeacherTraining:
         lr = self.section.teacher_lr * (1 + math.cos(math.pi * epoch / self.section.teacher_epochs)) / 2
         self.optimizer.param_groups[0]["lr"] = lr
         right, seen = torch.zeros((), dtype=torch.long, device=device), epoch * len(labels)
-        batches = torch.randperm(len(labels), generator=draw).split(self.section.teacher_batch)
-        for rows in soft_labels.merge_last_batch(batches):
+        order, kept = torch.randperm(len(labels), generator=draw), self.rule.start(epoch)
+        for rows in soft_labels.merge_last_batch(order[kept[order]].split(self.section.teacher_batch)):
             images = normalization.apply(pixels[rows.to(pixels.device)].to(device))
             images = self.layout.images(self.augmentation.draw(draw, per_image=len(rows)).apply(images))
             with autocast(self.context.config.distill.precision, device):
                 logits = self.network(images).float()
             targets = labels[rows].to(device)
             self.optimizer.zero_grad()
-            F.cross_entropy(logits, targets).backward()
+            self.rule.cross_entropy(logits, targets, rows).backward()
             self.optimizer.step()
             right += (logits.argmax(1) == targets).sum()
             seen += len(rows)
@@ -263,13 +269,15 @@ class TeacherTraining:
                 f"the teacher diverged in epoch {epoch} at learning rate {lr:g}; lower "
                 f"distill.{self.context.config.distill.method}.teacher_lr"
             )
-        return int(right) / len(labels)
+        return int(right) / int(kept.sum())
 
     def _save(self, epochs: int, accuracy: float) -> None:
         tensors = {f"weight.{key}": value for key, value in self.network.state_dict().items()}
         for i, parameter in enumerate(self.network.parameters()):
             if (buffer := self.optimizer.state.get(parameter, {}).get("momentum_buffer")) is not None:
                 tensors[f"momentum.{i}"] = buffer
+        if self.rule.drop:
+            tensors["losses"] = self.rule.losses
         safetensors_io.save(self.path, tensors, {"epochs": str(epochs), "right": repr(accuracy)})
 
     def _resume(self) -> tuple[int, float]:
@@ -283,6 +291,7 @@ class TeacherTraining:
             if f"momentum.{i}" in saved:
                 buffer = torch.empty_like(parameter.detach()).copy_(saved[f"momentum.{i}"])  # in the same memory format
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer
+        self.rule.losses = saved.get("losses", self.rule.losses).to(self.rule.losses.device)
         return int(facts["epochs"]), float(facts["right"])
 
 

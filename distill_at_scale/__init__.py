@@ -184,8 +184,8 @@ def make_pipeline(config: Config, display: Display) -> Pipeline:
     """
     from distill_at_scale.pipeline.pipeline import Pipeline
 
-    executor, rate_of = partial(make_executor, config, display), partial(find_rate, display=display)
-    return Pipeline(config, executor, display, rate_of, observers=make_trackers)
+    executor, find = partial(make_executor, config, display), partial(find_selection, display=display)
+    return Pipeline(config, executor, display, find, observers=make_trackers)
 
 
 def make_executor(config: Config, display: Display) -> Executor:
@@ -229,7 +229,7 @@ def _need_ray(advice: str = "install it, or set cluster.address=none to run in t
 
 @contextmanager
 def open_points(config: Config, display: Display) -> Iterator[PointSet]:
-    """The points of studies and of select.keep: auto; they run in warm Ray actors, or here with cluster.address=none.
+    """The points of studies and of select: auto; they run in warm Ray actors, or here with cluster.address=none.
 
     Raises UserError if Ray is not installed. Ray starts when a point has to run.
     """
@@ -247,15 +247,15 @@ def open_points(config: Config, display: Display) -> Iterator[PointSet]:
         yield PointSet(absolute(config), runner, display)
 
 
-def find_rate(pipeline: Pipeline, display: Display) -> float:
-    """The keep rate for select.keep: auto."""
-    from distill_at_scale.experiments import auto_keep_rate
+def find_selection(pipeline: Pipeline, display: Display) -> Mapping[str, Any]:
+    """The keys of `select` for select: auto."""
+    from distill_at_scale.experiments import auto_select
 
     def points(config: Config) -> AbstractContextManager[PointSet]:
         pipeline.executor.release()  # Ray starts once, for the search and for the stages after it
         return open_points(config, display)
 
-    return auto_keep_rate.rate(pipeline.config, points, display.say)
+    return auto_select.selection(pipeline.config, points, display.say)
 
 
 def run_sweep(config: Config, display: Display) -> None:
@@ -295,12 +295,12 @@ def compare_runs(config: Config, others: Sequence[str], display: Display) -> Non
 
 def plan_run(config: Config, display: Display) -> None:
     """Print what each stage will take on this machine. Raises UserError for what cannot fit."""
-    from distill_at_scale.experiments import auto_keep_rate
-    from distill_at_scale.pipeline.pipeline import with_keep_rate
+    from distill_at_scale.experiments import auto_select
+    from distill_at_scale.pipeline.pipeline import with_selection
     from distill_at_scale.pipeline.planning.plan import remarks, table
 
-    if config.select.keep == "auto" and (rate := auto_keep_rate.known_rate(config)):
-        config = with_keep_rate(config, rate)
+    if config.select.keep == "auto" and (keys := auto_select.known_selection(config)):
+        config = with_selection(config, keys)
     cluster = config.cluster.model_copy(update={"address": ray_address(config)})
     plan = make_pipeline(config.model_copy(update={"cluster": cluster}), display).forecast()
     display.console.print(table(config, plan))

@@ -33,9 +33,9 @@ class Selection:
     facts: dict
 
 
-def choose(source, minimum=1, low=True, criterion="loss", seed=0, **section):
+def choose(source, minimum=1, low=True, criterion="loss", seed=0, held_out_seed=0, **section):
     out = []
-    facts = static.select(source, out, SelectSection(**section), criterion, low, minimum, seed)
+    facts = static.select(source, out, SelectSection(**section), criterion, low, minimum, seed, held_out_seed)
     return Selection(pa.concat_tables(out).combine_chunks(), facts)
 
 

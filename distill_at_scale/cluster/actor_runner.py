@@ -41,6 +41,10 @@ class ActorRunner:
             check_gpus(self.config.cluster)
             self._size = actor_count(self.config, self.config.cluster.gpus_per_worker)
 
+    def at_once(self) -> int:
+        self.check()
+        return self._size
+
     def run(self, tasks: Sequence[PointTask], body: Body, done: Done) -> None:
         self.check()
         waiting, losses = deque(index for index, task in enumerate(tasks) if not task.finished), Counter[int]()

@@ -59,8 +59,11 @@ class TuneRunner:
         check_gpus(self.config.cluster)
         concurrency(self.config)
 
+    def at_once(self) -> int:
+        return concurrency(self.config)
+
     def run(self, tasks: Sequence[PointTask], body: Body, done: Done) -> None:
-        config, at_once = self.config, concurrency(self.config)
+        config, at_once = self.config, self.at_once()
         # trials start in other folders, so paths become absolute
         configs = [with_overrides(absolute(one.config), {"run.dir": address_of(one.config.run)}) for one in tasks]
         tasks = [replace(task, config=one) for task, one in zip(tasks, configs, strict=True)]

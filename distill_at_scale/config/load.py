@@ -46,11 +46,13 @@ class Config(Section):
         select = self.select
         if select.keep == "auto":
             if select.per_class:
-                raise ValueError("select.keep: auto searches for a rate, which select.per_class sets; give one")
+                raise ValueError(
+                    "select.keep: auto searches for a selection, but select.per_class is one; give one of them"
+                )
             if select.order == "stratum":
                 raise ValueError(
-                    "select.keep: auto searches for the smallest rate of an order that starts at one end; "
-                    "with select.order: stratum give a rate"
+                    "select.keep: auto tries several keep rates, which do not fit select.order: stratum; name strata in "
+                    "select.auto.portfolio"
                 )
         elif select.order == "stratum" and not select.per_class and select.stratum_start + select.keep > 1 + 1e-9:
             raise ValueError(
@@ -63,6 +65,40 @@ class Config(Section):
                 "itself; set select.scope to class or adaptive"
             )
         return self
+
+    @model_validator(mode="after")
+    def _score_for_auto(self) -> Config:
+        """With select.keep: auto, score.criterion gets the criteria that the candidates need."""
+        if self.select.keep != "auto":
+            return self
+        select = self.select
+        default: list[dict[str, Any]] = [{"criterion": select.criterion, "order": select.order}, {"order": "clusters"}]
+        named = list[str]()
+        for candidate in select.auto.portfolio or default[: 1 + self.tries_clusters]:
+            criterion = candidate.get("criterion") or []
+            named += [criterion] if isinstance(criterion, str) else criterion
+            named += ["clusters"] if candidate.get("order") == "clusters" else []
+        elsewhere = {"random", *self.score.criteria, *self.score.imported}
+        missing = [name for name in dict.fromkeys(named) if name not in elsewhere]
+        if not missing:
+            return self
+        score = self.score.model_copy(update={"criterion": [*self.score.criteria, *missing]})
+        return self.model_copy(update={"score": score})
+
+    @model_validator(mode="after")
+    def _there_is_a_held_out_part(self) -> Config:
+        if self.evaluate.split == "held_out" and not self.select.held_out:
+            raise ValueError("evaluate.split: held_out needs a held-out part; set select.held_out, for example to 0.2")
+        return self
+
+    @property
+    def tries_clusters(self) -> bool:
+        """Whether clusters are among the default candidates of select.keep: auto: where nothing limits these and there are
+        proxies.
+        """
+        select, score = self.select, self.score
+        limited = select.criterion is not None or select.order != "useful" or select.scope == "global"
+        return not limited and score.criteria[0] not in ("random", "monte_carlo", *score.imported)
 
     @property
     def criterion(self) -> str | dict[str, float]:
@@ -116,6 +152,7 @@ def load(
     for text in _presets_first([overrides] if isinstance(overrides, str) else map(str, overrides)):
         key, sep, value = text.partition("=")
         key = key.strip()
+        key = "select.keep" if (key, value.strip()) == ("select", "auto") else key
         if not sep or "." not in key or not all(part.isprintable() and part for part in key.split(".")):
             raise UserError(f"cannot read the override {text!r}; {_override_advice(key, value if sep else None)}")
         annotation = annotation_of(Config, key)
@@ -131,7 +168,7 @@ def load(
 def validate(values: dict[str, Any], origin: dict[str, str] | None = None, file: str = "the configuration") -> Config:
     """Build a Config from nested plain values. Raises one UserError for all problems."""
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(_set_out(values))
     except ValidationError as error:
         raise UserError("\n".join(explain.problems(Config, error.errors(), values, origin or {}, file))) from None
 
@@ -201,12 +238,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values or {}, dict):
         raise UserError(f"{path} must hold sections (run, data, score, ...), not a {type(values).__name__}")
-    return {key: {} if value is None else value for key, value in (values or {}).items()}
+    return {key: {} if value is None else value for key, value in _set_out(values or {}).items()}
 
 
 def _set_all(values: dict[str, Any], keys: Mapping[str, Any], above: str = "") -> list[str]:
     """Set keys given by section or by dotted name; returns the dotted names."""
-    names = []
+    names, keys = [], keys if above else _set_out(keys)
     for key in _presets_first(keys):
         value, name = keys[key], f"{above}{key}"
         if isinstance(value, Mapping) and section_of(annotation_of(Config, name)):
@@ -215,6 +252,11 @@ def _set_all(values: dict[str, Any], keys: Mapping[str, Any], above: str = "") -
             _set(values, name.split("."), _plain(value), f"{name}={value}")
             names.append(name)
     return names
+
+
+def _set_out(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The values by section, with `select: auto` written out."""
+    return {**values, "select": {"keep": "auto"}} if values.get("select") == "auto" else values
 
 
 def _plain(value: Any) -> Any:

@@ -274,7 +274,7 @@ class RuntimeSection(Section):
 
 
 class EvaluateSection(Section):
-    """Networks trained on the synthetic set and its controls, and tested on the test split."""
+    """Networks trained on the synthetic set and its controls, and tested on real samples."""
 
     networks: list[str] = Field(["convnet"], min_length=1, description="networks to train and test")
     seeds: int = Field(5, ge=1, description="networks of each kind to train per set")
@@ -300,6 +300,11 @@ class EvaluateSection(Section):
         ge=0,
         lt=1,
         description="bounds: probability to leave a sample of below-mean loss out of an epoch (InfoBatch); 0: off",
+    )
+    split: Literal["test", "held_out"] = later_key(
+        "test",
+        in_ids=False,
+        description="samples to test on: the test split, or the training samples that select.held_out keeps out",
     )
     precision: Literal["auto", "fp32", "bf16"] = later_key(
         "auto",

@@ -103,6 +103,8 @@ def json_schema(name: str | None = None) -> dict[str, Any]:
     if (outer := section_of(annotation_of(Config, parent))) and not section_of(annotation):
         schema = outer.model_json_schema()["properties"][last]  # with description and default
     schema = _plain(schema)
+    if name is None:
+        schema["properties"]["select"] = {"anyOf": [schema["properties"]["select"], {"const": "auto"}]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 

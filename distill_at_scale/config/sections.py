@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from distill_at_scale.config.fields import Section, execution_key, later_key, location_key, shorthand_key
+from distill_at_scale.config.search import AutoSection
 
 MAX_LR = 3e38  # the largest 32-bit float
 CLIPS_PER_CHUNK = 64
@@ -295,17 +296,6 @@ class ScoreSection(Section):
         return value
 
 
-class AutoSection(Section):
-    """select.keep: auto bisects for the smallest sufficient keep rate, with short distillations."""
-
-    seeds: int = Field(2, ge=2, description="distillations per keep rate")
-    steps: int | None = Field(None, ge=1, description="steps per distillation; null: a quarter of the run's")
-    evaluations: int = Field(1, ge=1, description="evaluation networks per distillation")
-    tolerance: float = Field(1.0, gt=0, description="accepted drop of accuracy, in std of the unpruned runs")
-    lowest: float = Field(0.001, gt=0, lt=1, description="lowest keep rate to try")
-    points: int = Field(6, ge=2, description="largest number of keep rates to try")
-
-
 class SelectSection(Section):
     """Static pruning: which training samples are kept for distillation."""
 
@@ -315,9 +305,12 @@ class SelectSection(Section):
         "null: the first of score.criterion",
     )
     keep: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
-        1.0, description="keep rate (0 to 1]; auto: search for the smallest sufficient one"
+        1.0,
+        description="keep rate (0 to 1]; auto: search for a selection (criterion, order, keep); select: auto is short for it",
     )
-    auto: AutoSection = execution_key(AutoSection(), description="the search of keep: auto; its outcome is select.keep")
+    auto: AutoSection = execution_key(
+        AutoSection(), description="the search of keep: auto; its outcome are criterion, order and keep"
+    )
     per_class: int | None = Field(None, ge=1, description="samples to keep per class, instead of keep")
     scope: Literal["class", "global", "adaptive"] = Field(
         "class", description="class: rank within classes; global: over all; adaptive: Neyman allocation to classes"
@@ -363,6 +356,13 @@ class SelectSection(Section):
         gt=0,
         le=1,
         description="share of each class that is drawn for a renewal, to compete with the kept samples",
+    )
+    held_out: float = later_key(
+        0.0,
+        in_ids=False,
+        ge=0,
+        lt=1,
+        description="share of each class that is never kept, drawn with run.seed, for evaluate.split: held_out",
     )
 
     @field_validator("window")

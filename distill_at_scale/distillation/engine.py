@@ -109,7 +109,7 @@ def check_inputs(config: Config, prepared: evaluate.DataSummary, kept_per_class:
             f"take one of {', '.join(RENEWED_ORDERS)}, or set select.refresh to null"
         )
     if section.evaluate_every:
-        evaluate.require_test_split(prepared)
+        evaluate.require_samples_to_test(config, prepared)
     if section.max_workers > count and method.parallel == "classes":
         raise UserError(f"distill.workers = {section.workers} is more than the {count} classes; lower it to {count}")
 
@@ -306,11 +306,10 @@ class Distillation:
         synthetic = self._synthetic_set()
         if self.workers.rank != 0:
             return
-        evaluate.require_test_split(self.prepared)
         spec, protocol = self.context.spec, synthetic.protocol.overridden(self.config.evaluate)
         seed, precision = derive(self.config.distill_seed, "evaluation on the way"), self.config.evaluate.precision
         network = students.train(spec, synthetic.training_set(), protocol, seed, self.device, precision)
-        pixels, targets = (torch.from_numpy(a) for a in self.prepared.load("test"))
+        pixels, targets = evaluate.samples_to_test(self.config, self.prepared, self.paths.manifest)
         at_once = spec.microbatch(self.device)
         accuracy = students.test(network, pixels, targets, self.normalization, self.device, at_once, precision)
         self._write({"step": step, "of": self.steps, "top1": accuracy.top1, "top5": accuracy.top5})

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -20,8 +22,8 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.core import rng
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.core.progress import Progressed
+from distill_at_scale.data.prepared import manifest as manifests
 from distill_at_scale.data.prepared.dataset import PreparedDataset
-from distill_at_scale.data.prepared.manifest import kept
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.distillation import student as students
 from distill_at_scale.distillation import synthetic_set
@@ -54,20 +56,18 @@ def jobs(config: Config, controls: Sequence[str] = ()) -> list[EvaluationJob]:
 
 
 class Evaluator:
-    """Runs jobs; holds the test split in memory."""
+    """Runs jobs; holds the samples to test on in memory."""
 
     def __init__(self, config: Config, prepared: Path, synthetic_folder: Path, manifest: Path, device: torch.device):
         self.config, self.device, self.manifest = config, device, manifest
         self.prepared = PreparedDataset(prepared)
-        require_test_split(self.prepared)
+        self.test = samples_to_test(config, self.prepared, manifest)
         self.synthetic = synthetic_set.load(synthetic_folder)
-        pixels, labels = self.prepared.load("test")
-        self.test = torch.from_numpy(pixels), torch.from_numpy(labels)
 
     def run(
         self, job: EvaluationJob, folder: Path | None = None, progressed: Progressed = lambda percent: None
     ) -> dict[str, Any]:
-        """One row of evaluation.json: set, network, seed, top1, top5 (fractions of the test split), per_class and seconds.
+        """One row of evaluation.json: set, network, seed, top1, top5 (fractions of the tested samples), per_class and seconds.
 
         `folder` holds the set of a control that is distilled; `progressed` takes per cent of the training. Raises
         DistillationDiverged, naming the job, if the trained weights are not finite.
@@ -113,10 +113,15 @@ class Evaluator:
     def _training_set(self, job: EvaluationJob, synthetic: SyntheticSet) -> TrainingSet:
         if job.set in DISTILLED:
             return synthetic.training_set()
+        section = self.config
+        held_out = manifests.held_out(self.manifest) if section.select.held_out else None
         if job.set == "random_real":
-            pixels, labels = random_real(self.prepared, self.config.distill.ipc, self.config.run.seed, job.seed)
+            pixels, labels = random_real(self.prepared, section.distill.ipc, section.run.seed, job.seed, held_out)
+        elif job.set == "kept":
+            pixels, labels = self.prepared.load("train", only=manifests.kept(self.manifest))
         else:
-            pixels, labels = self.prepared.load("train", only=kept(self.manifest) if job.set == "kept" else None)
+            only = manifests.held_out(self.manifest, outside=False) if held_out is not None else None
+            pixels, labels = self.prepared.load("train", only=only)
         data = TrainingSet(torch.from_numpy(pixels), torch.from_numpy(labels), self.synthetic.normalization)
         if job.set == "random_real" and self.synthetic.protocol.labels == "views":
             return replace(data, views=self._teacher_labels)  # without the same teacher the comparison would be unfair
@@ -153,6 +158,25 @@ class DataSummary(Protocol):
     def has_test(self) -> bool: ...
 
 
+def can_test(config: Config, prepared: DataSummary) -> bool:
+    """Whether there are samples to test on: a test split, or a held-out part of the training split."""
+    return config.evaluate.split == "held_out" or prepared.has_test()
+
+
+def samples_to_test(config: Config, prepared: PreparedDataset, manifest: Path) -> tuple[Tensor, Tensor]:
+    """Stored values [n, *shape] and labels int64 [n] of the samples of evaluate.split."""
+    require_samples_to_test(config, prepared)
+    held_out = config.evaluate.split == "held_out"
+    pixels, labels = prepared.load("train", only=manifests.held_out(manifest)) if held_out else prepared.load("test")
+    return torch.from_numpy(pixels), torch.from_numpy(labels)
+
+
+def require_samples_to_test(config: Config, prepared: DataSummary) -> None:
+    """Raises UserError where there are no samples to test on."""
+    if not can_test(config, prepared):
+        require_test_split(prepared)
+
+
 def require_test_split(prepared: DataSummary) -> None:
     """Raises UserError for data without a test split."""
     if not prepared.has_test():
@@ -161,12 +185,17 @@ def require_test_split(prepared: DataSummary) -> None:
 
 
 def random_real(
-    prepared: PreparedDataset, ipc: int, seed: int, draw: int
+    prepared: PreparedDataset, ipc: int, seed: int, draw: int, without: pa.ChunkedArray | None = None
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """ipc random training samples per class (all, if it has fewer): stored values [n, *shape] and labels int64 [n]."""
+    """ipc random training samples per class (all, if it has fewer), but none of the ids `without`: stored values [n, *shape]
+    and labels int64 [n].
+    """
     pixels, labels = [], []
     for label, count in enumerate(prepared.counts("train")):
-        places = rng.numpy_generator(seed, "random real", draw, label).permutation(count)[:ipc]
+        places = rng.numpy_generator(seed, "random real", draw, label).permutation(count)
+        if without is not None:
+            places = places[~pc.is_in(prepared.ids("train", label), without).to_numpy(zero_copy_only=False)[places]]
+        places = places[:ipc]
         pixels.append(prepared.take("train", label, sorted(places.tolist())))
         labels.append(np.full(len(places), label, np.int64))
     return np.concatenate(pixels), np.concatenate(labels)

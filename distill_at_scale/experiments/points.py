@@ -25,7 +25,7 @@ from distill_at_scale.core.hashing import digest
 from distill_at_scale.core.progress import Display
 from distill_at_scale.data.prepared import manifest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
-from distill_at_scale.distillation.evaluate import require_test_split
+from distill_at_scale.distillation.evaluate import require_samples_to_test
 from distill_at_scale.experiments.point import Outcome, Point
 from distill_at_scale.experiments.runners import LastEvaluation, PointRunner, PointTask, Watch
 from distill_at_scale.models.precision import resolved
@@ -94,7 +94,7 @@ class PointSet:
                 todo[config.run.dir] = PointTask(config, f"the point [{changes}], repetition {point.seed}")
         tasks = list(todo.values())
         for task in tasks:
-            require_test_split(PreparedDataset(self.prepare(task.config) / "prepared"))
+            require_samples_to_test(task.config, PreparedDataset(self.prepare(task.config) / "prepared"))
         if tasks:
             with self.display.meter("points", len(tasks), "points") as meter:
 

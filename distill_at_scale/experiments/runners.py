@@ -45,6 +45,9 @@ class PointRunner(Protocol):
     def check(self) -> None:
         """Raises UserError where the cluster cannot hold the configured number of points at a time."""
 
+    def at_once(self) -> int:
+        """How many points run at a time."""
+
     def run(self, tasks: Sequence[PointTask], body: Body, done: Done) -> None:
         """Run `body` on every unfinished task and call `done` once for each task; a failed task does not end the others."""
 
@@ -60,6 +63,9 @@ class LocalRunner:
 
     def check(self) -> None:
         pass
+
+    def at_once(self) -> int:
+        return 1
 
     def run(self, tasks: Sequence[PointTask], body: Body, done: Done) -> None:
         for index, task in enumerate(tasks):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
@@ -21,6 +21,7 @@ from distill_at_scale.data.ingest import plan as ingest_plan
 from distill_at_scale.data.ingest.merge import unused, write_rejected
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import engine
+from distill_at_scale.distillation.evaluate import can_test
 from distill_at_scale.pipeline import validate
 from distill_at_scale.pipeline.executors import tasks
 from distill_at_scale.pipeline.executors.base import Executor, Report
@@ -38,19 +39,19 @@ STAGE_MODULES: dict[str, Any] = dict(zip(STAGES, (ingest, score, select, distill
 
 
 class Pipeline:
-    """One run. `find_rate` decides select.keep: auto once the scores exist."""
+    """One run. `find_selection` decides select: auto once the scores exist."""
 
     def __init__(
         self,
         config: Config,
         executor: Callable[[], Executor],
         display: Display,
-        find_rate: Callable[[Pipeline], float] | None = None,
+        find_selection: Callable[[Pipeline], Mapping[str, Any]] | None = None,
         watch: Report | None = None,
         observers: MakeObservers = no_observers,
     ):
         self.context = RunContext(config, executor, display, watch, observers)
-        self.display, self._find_rate, self._environment = display, find_rate, cache(environment)
+        self.display, self._find_selection, self._environment = display, find_selection, cache(environment)
         self._wanted: Sequence[str] = STAGES
 
     @property
@@ -77,13 +78,14 @@ class Pipeline:
                     self.dir.content("ingest")
                     prepared = PreparedDataset(self.dir / "prepared")
                     self.context.warn_of_data(prepared.class_names, prepared.counts(), sum(prepared.counts("test")))
-                if stage == "evaluate" and len(stages) > 1 and not PreparedDataset(self.dir / "prepared").has_test():
+                tested = stage != "evaluate" or can_test(self.config, PreparedDataset(self.dir / "prepared"))
+                if not tested and len(stages) > 1:
                     self.display.say("evaluate: skipped, the data set has no test split")
                     continue
                 if stage == "select" and self.config.select.keep == "auto":
-                    assert self._find_rate is not None, "select.keep: auto needs find_rate"
+                    assert self._find_selection is not None, "select: auto needs find_selection"
                     self.dir.content("score")
-                    self.context.config = with_keep_rate(self.config, self._find_rate(self))
+                    self.context.config = with_selection(self.config, self._find_selection(self))
                 self._run_stage(stage)
 
     @contextmanager
@@ -278,7 +280,7 @@ class Pipeline:
             facts = validate.planned(self.config, listing)
         validate.check_networks(self.config, facts)
         self.context.warn_of_data(facts.class_names, facts.counts, facts.tests)
-        with self.display.meter("measure", len(STAGES) - 1 + facts.has_test(), "stages") as meter:
+        with self.display.meter("measure", len(STAGES) - 1 + can_test(self.config, facts), "stages") as meter:
             path, machine = self.dir / "plan.json", this_machine(self.dir.path)
             plan = plans.make(
                 self.config, facts, machine, path, finished, lambda name: meter.advance(1, name), prepared
@@ -287,6 +289,7 @@ class Pipeline:
         return plan
 
 
-def with_keep_rate(config: Config, rate: float) -> Config:
-    """A configuration with select.keep: auto, with the rate in its place."""
-    return config.model_copy(update={"select": config.select.model_copy(update={"keep": rate})})
+def with_selection(config: Config, keys: Mapping[str, Any]) -> Config:
+    """A configuration with select: auto, with the keys of a candidate in its place."""
+    found = {"per_class": None, "keep": 1.0, **keys}
+    return config.model_copy(update={"select": config.select.model_copy(update=found)})

@@ -17,7 +17,7 @@ import torch
 
 from distill_at_scale.config.explain import suggest
 from distill_at_scale.config.fields import Section
-from distill_at_scale.config.load import Config
+from distill_at_scale.config.load import Config, with_overrides
 from distill_at_scale.config.registry import resolve
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.codecs.clip import decoders_for
@@ -130,6 +130,9 @@ def check_names(config: Config) -> None:
         raise UserError(f"data.source = {source} holds images, so data.frames = {frames} has no meaning; leave it out")
     sample_types.check(config)
     _check_criteria(config)
+    for candidate in config.select.auto.portfolio or [] if config.select.keep == "auto" else ():
+        keys = {"select.keep": 1.0} | {f"select.{key}": value for key, value in candidate.items()}
+        _check_criteria(with_overrides(config, keys, f"select.auto.portfolio ({candidate})"))
     builder("score.network", config.score.network)
     builder("distill.network", config.distill.network)
     for name in config.evaluate.networks:

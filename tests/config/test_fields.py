@@ -43,7 +43,7 @@ def test_the_keys_that_were_added_later():
         "data.label_pattern", "data.test_pattern", "data.rate", "data.seconds", "data.bands",
         "score.early", "score.late", "score.features", "score.neighbours", "score.clusters",
         "score.cad_windows", "score.cad_length", "score.checkpoints_per_epoch",
-        "select.easiest", "select.strata", "select.window",
+        "select.easiest", "select.strata", "select.window", "select.held_out", "evaluate.split",
         "score.imported_useful", "evaluate.control", "evaluate.controls",
         "distill.precision", "evaluate.precision", "select.refresh", "select.refresh_pool",
     }  # fmt: skip
@@ -95,6 +95,7 @@ def test_neutral_values_hold_every_key_of_ids_with_the_default_where_it_does_not
     newer = {
         "score.cad_windows", "score.cad_length", "score.clusters", "score.checkpoints_per_epoch",
         "select.easiest", "select.strata", "select.window", "select.refresh", "select.refresh_pool",
+        "select.held_out", "evaluate.split",
     }  # fmt: skip
     every = {key: value for key, value in flatten(Config()).items() if key not in newer}
     assert values == every | {"distill.ipc": 2}

@@ -79,6 +79,8 @@ def test_the_json_schema_accepts_the_defaults():
     ("values", "accepted"),
     [
         ({"select": {"keep": "auto"}}, True),
+        ({"select": "auto"}, True),
+        ({"select": "all"}, False),
         ({"select": {"keep": 1.5}}, False),
         ({"select": {"kep": 0.5}}, False),
         ({"selct": {}}, False),

@@ -1,4 +1,4 @@
-"""Sweeps, studies and select.keep: auto on object storage: shared outputs are stored once."""
+"""Sweeps, studies and select: auto on object storage: shared outputs are stored once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from storage_cases import stored_objects
 import distill_at_scale as das
 from distill_at_scale.core.errors import Unreachable, UserError
 from distill_at_scale.core.progress import Display
-from distill_at_scale.experiments import auto_keep_rate, points
+from distill_at_scale.experiments import auto_select, points
 from distill_at_scale.experiments.point import Point
 from distill_at_scale.experiments.points import PointSet
 from distill_at_scale.experiments.runners import LocalRunner
@@ -242,22 +242,23 @@ def test_records_that_lead_elsewhere_are_damaged_and_a_circle_ends(remote):
     assert not (elsewhere / "scores.parquet").is_file()
 
 
-def test_the_rate_is_found_on_object_storage_and_read_again_by_another_machine(remote, s3, bucket, monkeypatch):
-    keys = {"select__keep": "auto", "select__auto": {"points": 2, "seeds": 2, "steps": 1, "evaluations": 1}}
+def test_a_selection_is_found_on_object_storage_and_read_again_by_another_machine(remote, s3, bucket, monkeypatch):
+    auto = {"portfolio": [{"keep": 0.5}, {"criterion": "random", "keep": 0.2}], "seeds": 2, "steps": 1}
+    keys = {"select__keep": "auto", "select__auto": auto}
     config = remote(**keys)
     result = Run(config)
-    result.pipeline._find_rate = lambda pipeline: das.find_rate(pipeline, result.pipeline.display)
+    result.pipeline._find_selection = lambda pipeline: das.find_selection(pipeline, result.pipeline.display)
     result.stages("ingest", "score", "select")
     there = stored_objects(s3, bucket)
     assert "auto.json" in there
     assert {name.split("/")[0] for name in there if name.endswith("scores.parquet")} == {"scores.parquet"}, "copied"
     monkeypatch.setattr(PointSet, "run", lambda self, points: pytest.fail("it was looked for again"))
-    rate = json.loads(there["auto.json"])["rate"]
-    assert auto_keep_rate.known_rate(remote("b", **keys)) == rate
+    found = json.loads(there["auto.json"])
+    assert auto_select.known_selection(remote("b", **keys)) == found["chosen"]
     other = Run(remote("b", **keys))
-    other.pipeline._find_rate = lambda pipeline: das.find_rate(pipeline, other.pipeline.display)
+    other.pipeline._find_selection = lambda pipeline: das.find_selection(pipeline, other.pipeline.display)
     other.stages("select")
-    assert f"keep {rate:.4g} was found before" in other.text
+    assert f"{found['name']} was found before" in other.text
 
 
 @pytest.mark.slow

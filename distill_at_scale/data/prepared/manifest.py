@@ -1,14 +1,15 @@
 """The manifest: which training samples are kept, and why. Distillation reads nothing else of the selection.
 
-Columns: sample_id, label, score, rank (within its class, 0 = first to be kept) and kept. Rows are sorted by label
-and id. The schema's metadata holds rule, requested and reached keep rate, seed and fingerprints as JSON under the key
-`selection`. `pruning/selection/select.py` chooses the rows.
+Columns: sample_id, label, score, rank (within its class, 0 = first to be kept) and kept. Samples that are held out
+(select.held_out) are not ranked: their rank is -1, their score NaN. Rows are sorted by label and id. The schema's metadata
+holds rule, requested and reached keep rate, seed and fingerprints as JSON under the key `selection`.
+`pruning/selection/select.py` chooses the rows.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ SCHEMA = pa.schema(
 )
 KEY = "selection"
 ROWS = 2**17  # of a row group
+HELD_OUT = -1  # the rank of a sample that is held out
 ENCODING = {  # ids never repeat: no dictionary; scores and ranks do not compress
     "use_dictionary": ["label"],
     "compression": {"sample_id": "lz4", "label": "lz4", "score": "none", "rank": "none", "kept": "none"},
@@ -78,10 +80,19 @@ def facts(path: Path) -> dict[str, Any]:
 
 def kept(path: Path) -> pa.ChunkedArray:
     """The ids of the kept samples, in the order of the manifest; row groups that keep none are skipped."""
+    return _ids(path, "kept", lambda kept: kept)
+
+
+def held_out(path: Path, outside: bool = True) -> pa.ChunkedArray:
+    """The ids of the samples that are held out, or of all others, in the order of the manifest."""
+    return _ids(path, "rank", lambda rank: pc.equal(pc.equal(rank, HELD_OUT), outside))
+
+
+def _ids(path: Path, column: str, wanted: Callable[[pa.ChunkedArray], pa.ChunkedArray]) -> pa.ChunkedArray:
     file, chunks = _open(path), []
     with parquet.reading(path, "select"):
         for group in range(file.num_row_groups):
-            mask = parquet.read_group(file, group, ["kept"])["kept"]
+            mask = wanted(parquet.read_group(file, group, [column])[column])
             if pc.any(mask).as_py():
                 table = parquet.read_group(file, group, ["sample_id", "label"])
                 parquet.check_rows(table, path, "select")

@@ -45,7 +45,7 @@ def check_asha(config: Config) -> None:
 def check_trial(name: str, config: Config, data: PreparedDataset) -> None:
     """Raises UserError, naming the trial, where its networks do not fit or a class keeps too few samples."""
     try:
-        evaluate.require_test_split(data)
+        evaluate.require_samples_to_test(config, data)
         validate.check_networks(config, data)
         select, counts = config.select, data.counts("train")
         if select.scope == "class":

@@ -6,6 +6,7 @@ Memory is what a process of the dry run needed, and what grows with the data. No
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -25,6 +26,7 @@ from distill_at_scale.pruning.criteria.factory import MONTE_CARLO, build_criteri
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.pruning.proxies.dataloader import WINDOW_BYTES
 from distill_at_scale.pruning.scoring import scorer
+from distill_at_scale.pruning.selection import portfolio
 
 RAY = 0.5  # starts of a process: the start of Ray and of its processes
 POOL, TASKS, TRAIN = 4.0, 5.0, 12.0  # seconds, on a running cluster: an actor pool's start, a first task's, a group's
@@ -135,18 +137,26 @@ class Planner:
         return self._stage("score", parts, POOL, notes)
 
     def select(self) -> StageEstimate:
-        """With select.keep: auto, with its short distillations, one actor each."""
+        """With select: auto, with its short distillations, one actor each."""
         config, auto, notes = self.config, self.config.select.auto, list[str]()
         parts = [("select", 1.0, Rate.fixed(SELECT_ONCE + self.facts.train * SELECT_EACH))]
         if config.select.keep == "auto":
             distill, test, steps = self.distill(), self.evaluate(), engine.step_count(config)
-            each = distill.processes * distill.parts["steps"] * (auto.steps or max(1, steps // 4)) / steps
-            each += distill.parts["prepare"]
-            each += auto.evaluations * test.processes * test.parts["train and test"] / len(self._jobs())
-            count = max(3, auto.seeds) + auto.points * auto.seeds
-            parts.append(("search", count / self.layout.actors().side, Rate(each, each / 1.5, 1.5 * each)))
+            step, rounds = (
+                distill.processes * distill.parts["steps"] / steps,
+                portfolio.planned(config, self.facts.counts, steps),
+            )
+            ready = distill.parts["prepare"]
+            each = auto.evaluations * test.processes * test.parts["train and test"] / len(self._jobs())
+            count = sum(one.points for one in rounds)
+            search = (
+                sum(one.points * (ready + one.share * each + one.steps * step) for one in rounds)
+                / self.layout.actors().side
+            )
+            search = min(search, 60 * (auto.minutes or math.inf))
+            parts.append(("search", 1, Rate(search, search / 1.5, 1.5 * search)))
             then = "later stages are planned as if all samples were kept"
-            notes.append(f"select.keep: auto tries up to {count} short distillations; {then}")
+            notes.append(f"select: auto tries {rounds[0].candidates} selections in {count} short distillations; {then}")
         return self._stage("select", parts, 0.0, notes)
 
     def distill(self) -> StageEstimate:

@@ -21,7 +21,7 @@ from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import engine
-from distill_at_scale.distillation.evaluate import require_test_split
+from distill_at_scale.distillation.evaluate import can_test
 from distill_at_scale.pipeline.executors.layout import Layout
 from distill_at_scale.pipeline.planning.dry_run import DryRun
 from distill_at_scale.pipeline.planning.estimates import RAY, Planner, StageEstimate
@@ -77,13 +77,11 @@ def make(
         UserError: too few samples or classes for the configuration. What does not fit is among the plan's problems instead.
     """
     engine.check_inputs(config, facts, facts.kept)
-    if config.select.keep == "auto":
-        require_test_split(facts)
     earlier, used = read(path, config), other_programs(LOOK)
     layout = Layout(config, machine, used if used > QUIET else 0.0)
     load = f"other programs use {used:.1f} of {machine.cores} cores now: the times hold for this load"
     actual = {name: record["seconds"] for name, record in records.items() if not record.get("reused_from")}
-    names = [name for name in STAGES if name != "evaluate" or facts.has_test()]
+    names = [name for name in STAGES if name != "evaluate" or can_test(config, facts)]
     stages, once = list[StageEstimate](), {"start", "load"}
     with closing(DryRun(config, facts, layout, prepared)) as measured:
         planner = Planner(config, facts, layout, measured)

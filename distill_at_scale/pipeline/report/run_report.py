@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from distill_at_scale.config.fields import flatten
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.images import to_pixels
+from distill_at_scale.core.statistics import summary
 from distill_at_scale.data.ingest import derived_splits
 from distill_at_scale.data.ingest.reasons import kinds_of
 from distill_at_scale.data.prepared import manifest
@@ -38,7 +39,7 @@ from distill_at_scale.pruning.selection.ranking import RANDOM
 from distill_at_scale.storage.filesystem import last_name
 from distill_at_scale.storage.run_dir import STAGES, RunDir
 
-VERSION = 4  # of the page; raise it when the page changes, so that finished runs write their report again
+VERSION = 5  # of the page; raise it when the page changes, so that finished runs write their report again
 HISTOGRAMS, SNAPSHOT_CLASSES, SAMPLE_CLASSES, SAMPLES = 20, 10, 10, 5
 REASONS, KINDS = 5, 12  # at most REASONS rejected samples are listed one by one; more are grouped into KINDS kinds
 IMAGE_CLASSES, IMAGE_ROWS, IMAGE_COLUMNS = 100, 20, 10  # classes at one image per class; else classes, images per class
@@ -274,28 +275,34 @@ def _selection(run: RunDir, prepared: PreparedDataset) -> dict[str, Any] | None:
 def score_distributions(run: RunDir, prepared: PreparedDataset) -> tuple[list[run_plots.Distribution], str]:
     """The scores of the first classes with what is kept of them, and the name of the scores."""
     table, facts = manifest.read(run / "manifest.parquet")
-    labels, scores, kept = (table[name].to_numpy() for name in ("label", "score", "kept"))
+    labels, scores, kept, ranks = (table[name].to_numpy() for name in ("label", "score", "kept", "rank"))
     label = facts.get("criterion", "score")
     if label == RANDOM and (columns := _scores(run)):
         _, scores, label = columns  # the random numbers mean nothing: show the scores of dropped and kept samples
+    ranked = ranks != manifest.HELD_OUT
+    labels, scores, kept = labels[ranked], scores[ranked], kept[ranked]
     classes = np.unique(labels)[:HISTOGRAMS]
     names = prepared.class_names
     return [run_plots.Distribution(names[c], scores[labels == c], kept[labels == c]) for c in classes], label
 
 
 def _searched(run: RunDir) -> dict[str, Any] | None:
-    """How select.keep: auto chose its rate: the tried rates, and adaptive rates against one rate for all classes."""
-    if not (search := _json(run / "auto.json")):
+    """How select: auto chose: each candidate in its last round, and the accuracies of all rounds over the share kept."""
+    if not (search := _json(run / "auto.json")) or not search["chosen"]:
         return None
-    x, y, error = ([one[key] for one in search["curve"]] for key in ("keep", "mean", "std"))
-    tried = Series("short distillations", x, y, error, role="ours")
-    levels, marks = (("unpruned", search["unpruned"]), ("sufficient", search["least"])), (("chosen", search["rate"]),)
-    plot = Plot("Search for the keep rate", "share kept", "top-1 accuracy", [tried], levels, marks, True)
-    against = ""
-    if "adaptive" in search:
-        adaptive, fixed = (text.accuracy(search[name]) for name in ("adaptive", "fixed"))
-        against = f"With rates adapted to the classes it reached {adaptive}, with one rate for all classes {fixed}."
-    return {**search, "chart": charts.both_widths(plot), "against": against}
+    rows, series = dict[str, dict[str, Any]](), []
+    for number, one in enumerate(search["rounds"], 1):
+        figures = [summary(row["accuracies"]) for row in one["tried"]]
+        for row, figure in zip(one["tried"], figures, strict=True):
+            rows[row["name"]] = {**row, **figure, "round": number, "accuracy": text.accuracy(figure)}
+        x = [row["kept"] / search["of"] for row in one["tried"][1:]]
+        y, error = ([figure[key] for figure in figures[1:]] for key in ("mean", "std"))
+        role: Role = "ours" if number == len(search["rounds"]) else "other"
+        series.append(Series(f"round {number}: {one['steps']} steps", x, y, error, "points", role))
+    levels, marks = [("everything", rows["everything"]["mean"])], [("chosen", search["kept"] / search["of"])]
+    plot = Plot("Search for a selection", "share kept", "top-1 accuracy", series, levels, marks, True)
+    ordered = sorted(rows.values(), key=lambda row: (-row["round"], row["decision"] != "chosen", -row["mean"]))
+    return {**search, "chart": charts.both_widths(plot), "rows": ordered}
 
 
 def _scores(run: RunDir) -> tuple[Array, Array, str] | None:

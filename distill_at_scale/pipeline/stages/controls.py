@@ -110,15 +110,15 @@ def _content(run_dir: RunDir, name: str) -> dict[str, str]:
 
 def write_manifest(source: Path, target: Path, data: PreparedDataset, name: str, seed: int) -> dict[str, Any]:
     """Write the manifest of a control; returns its facts. random_keep keeps as many of each class as `source`, others at
-    random; unpruned keeps all.
+    random; unpruned keeps all. Neither keeps samples that are held out.
     """
-    counts, kept = data.counts("train"), data.counts("train")
-    if name != UNPRUNED:
-        kept = manifest.facts(source)["kept_per_class"]
-    masks = []
-    for label, (count, number) in enumerate(zip(counts, kept, strict=True)):
-        order = rng.numpy_generator(seed, "control random_keep", label).permutation(count)
-        masks.append(order < number)
-    facts = {"control": name, "kept": sum(kept), "of": sum(counts), "kept_per_class": kept}
+    ends, chosen = np.cumsum(data.counts("train"))[:-1], manifest.facts(source)["kept_per_class"]
+    masks = np.split(manifest.read(source, ["rank"])[0]["rank"].to_numpy() != manifest.HELD_OUT, ends)
+    total = int(sum(mask.sum() for mask in masks))
+    for label, mask in enumerate(masks if name != UNPRUNED else ()):
+        order = rng.numpy_generator(seed, "control random_keep", label).permutation(int(mask.sum()))
+        mask[mask] = order < chosen[label]
+    counts = {"kept": int(sum(mask.sum() for mask in masks)), "of": total}
+    facts = {"control": name, **counts, "kept_per_class": [int(mask.sum()) for mask in masks]}
     manifest.write_like(source, target, np.concatenate(masks), facts)
-    return {"kept": sum(kept), "of": sum(counts)}
+    return counts

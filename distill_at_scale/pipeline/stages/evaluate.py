@@ -1,4 +1,4 @@
-"""Stage evaluate: train fresh networks on the synthetic set and on its controls, and test them on the test split."""
+"""Stage evaluate: train fresh networks on the synthetic set and on its controls, and test them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def inputs(config: Config, run: RunDir) -> StageInputs:
 def run(context: RunContext, inputs: StageInputs) -> StageOutput:
     config, run_dir = context.config, context.dir
     data = PreparedDataset(run_dir / "prepared")
-    evaluation.require_test_split(data)
+    evaluation.require_samples_to_test(config, data)
     validate.check_networks(config, data)
     work = run_dir.work("evaluate", inputs)
     log = work / "rows.jsonl"

@@ -22,6 +22,7 @@ def inputs(config: Config, run: RunDir) -> StageInputs:
     unread = {*engine.REFRESH_KEYS, *idle}
     values = {k: v for k, v in result_values(config.select, "select.").items() if k not in unread}
     values |= {f"select.{key}": value for key, value in resolved.items()}
+    values |= {"run.seed": config.run.seed} if config.select.held_out else {}
     return StageInputs(values, {"score": run.content("score")})
 
 
@@ -32,7 +33,14 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
     low_is_useful = {name: end == "low" for name, end in table["useful"].items()}
     with manifest.writing(path) as out:
         facts = selection.select(
-            scores, out, config.select, criterion, low_is_useful, config.min_per_class, config.select_seed
+            scores,
+            out,
+            config.select,
+            criterion,
+            low_is_useful,
+            config.min_per_class,
+            config.select_seed,
+            config.run.seed,
         )
         engine.check_inputs(config, PreparedDataset(run_dir / "prepared"), facts["kept_per_class"])
         folders = [run_dir.path] if run_dir.reuse is None else [run_dir.path, run_dir.reuse.path]
@@ -44,7 +52,7 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
             checks.monte_carlo_facts(run_dir / extra_columns.TABLE),
         )
         if context.requested.select.keep == "auto":
-            facts["asked"] = {"keep": "auto", "found": config.select.rate}
+            facts["asked"] = {"keep": "auto", "found": facts["asked"]}
         out.facts = facts | {"scores": run_dir.content("score"), "fingerprint": inputs.fingerprint}
     say(f"  kept {facts['kept']} of {facts['of']} samples ({facts['reached']:.4%})")
     if raised := facts["raised_to_minimum"]:

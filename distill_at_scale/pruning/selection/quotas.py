@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from distill_at_scale.config.sections import SelectSection
+from distill_at_scale.pruning.selection.held_out import HeldOut
 from distill_at_scale.pruning.selection.ranking import Ranking
 from distill_at_scale.pruning.selection.score_reader import ScoreReader
 
@@ -29,8 +30,10 @@ def requested(config: SelectSection, count: int) -> int:
 
 def expected(config: SelectSection, minimum: int, counts: list[int]) -> list[int]:
     """How many of each class a selection will keep: approximate for scope `global`, all if `keep` is `auto`."""
+    held = HeldOut(config.held_out, minimum)
+    counts = [count - held.number(count) for count in counts]
     if config.keep == "auto" and config.per_class is None:
-        return list(counts)
+        return counts
     return [min(count, max(minimum, requested(config, count))) for count in counts]
 
 

@@ -86,7 +86,7 @@ class Ranking:
             keys = keys if classes else np.empty(reader.rows, own.dtype)
             keys[done : done + len(own)] = own
             done, classes = done + len(own), classes + 1
-        return keys, classes
+        return keys[:done], classes
 
     def facts(self) -> dict[str, Any]:
         """The entries of the manifest's metadata."""

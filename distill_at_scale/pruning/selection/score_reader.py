@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
@@ -22,9 +22,11 @@ import pyarrow.parquet as pq
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.prefetch import prefetch
 from distill_at_scale.data.prepared.parquet import BATCH, open_table, reading
+from distill_at_scale.pruning.selection.held_out import HeldOut
 
 SORTABLE = 5_000_000  # an unsorted table of fewer rows is sorted in memory
 ORDER = ("label", "sample_id")
+NOTHING = HeldOut()
 
 
 def label_runs(labels: np.ndarray[Any, Any]) -> Iterator[tuple[int, int, int]]:
@@ -40,12 +42,13 @@ class Unsorted(Exception):
 
 @dataclass(frozen=True)
 class ScoreReader:
-    """A score table on disk or in memory.
+    """A score table on disk or in memory, and the part of it that is held out.
 
     Raises UserError if it is missing, damaged, or has no columns sample_id and label.
     """
 
     source: Path | pa.Table
+    held_out: HeldOut = NOTHING
 
     @cached_property
     def schema(self) -> pa.Schema:
@@ -56,6 +59,12 @@ class ScoreReader:
         return self.source.num_rows if isinstance(self.source, pa.Table) else self._open().metadata.num_rows
 
     def classes(self, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+        """`whole_classes` without the rows that are held out."""
+        for label, rows in self.whole_classes(columns):
+            held = self.held_out.mask(label, rows.num_rows)
+            yield label, rows.filter(pa.array(~held)) if held.any() else rows
+
+    def whole_classes(self, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
         """(label, its rows with label and `columns`), labels ascending.
 
         Raises Unsorted if they are not, and UserError for labels that are missing or not class numbers.
@@ -117,7 +126,7 @@ class ScoreReader:
                 "here; sort them by these two columns, or run `score` again"
             )
         table = pa.Table.from_batches(list(self._batches(self.schema.names)), self.schema)
-        return ScoreReader(table.sort_by([(name, "ascending") for name in ORDER]))
+        return replace(self, source=table.sort_by([(name, "ascending") for name in ORDER]))
 
     def __str__(self) -> str:
         return str(self.source) if isinstance(self.source, Path) else "the score table"

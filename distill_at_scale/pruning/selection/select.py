@@ -17,8 +17,10 @@ import pyarrow as pa
 from distill_at_scale.config.sections import ORDER_KEYS, SelectSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.prefetch import prefetch
+from distill_at_scale.data.prepared.manifest import HELD_OUT
 from distill_at_scale.data.prepared.parquet import RowGroupWriter
 from distill_at_scale.pruning.selection import orders
+from distill_at_scale.pruning.selection.held_out import HeldOut
 from distill_at_scale.pruning.selection.quotas import Cut, build_cut
 from distill_at_scale.pruning.selection.ranking import Ranking, build_ranking, ranks_of
 from distill_at_scale.pruning.selection.score_reader import ScoreReader, Unsorted
@@ -35,6 +37,7 @@ class ClassCount(NamedTuple):
 def select(
     scores: Path | pa.Table, out: RowGroupWriter | list[pa.Table], config: SelectSection,
     criterion: str | Mapping[str, float], low_is_useful: bool | Mapping[str, bool], minimum: int, seed: int,
+    held_out_seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Chooses the samples to keep.
 
@@ -44,15 +47,17 @@ def select(
         criterion: one name, or several names with weights for their ranks.
         low_is_useful: whether low scores are useful, by name for several criteria.
         minimum: samples to keep per class at least.
+        held_out_seed: decides which samples select.held_out keeps out.
 
     Returns:
         The metadata of the manifest.
 
     Raises:
         UserError: an unknown criterion; clusters that are not scored; a score that is not finite; a repeated id; a table that
-            is damaged, empty, or unsorted and too long to sort here.
+            is damaged, empty, or unsorted and too long to sort here; classes so small that nothing can be held out.
     """
-    reader, counts = ScoreReader(scores), dict[int, ClassCount]()
+    held_out = HeldOut(config.held_out, minimum, held_out_seed)
+    reader, counts = ScoreReader(scores, held_out), dict[int, ClassCount]()
     ranking = build_ranking(criterion, low_is_useful, config.order, seed)
     ranking.check(reader)
     orders.check(config.order, reader.schema.names)
@@ -67,8 +72,13 @@ def select(
             rows = rows.slice(len(ids))
     except Unsorted as why:
         out.clear()
-        return select(reader.sorted(why).source, out, config, criterion, low_is_useful, minimum, seed)
+        table = reader.sorted(why).source
+        return select(table, out, config, criterion, low_is_useful, minimum, seed, held_out_seed)
     total, kept = sum(count.samples for count in counts.values()), sum(count.kept for count in counts.values())
+    if config.held_out and total == reader.rows:
+        raise UserError(
+            f"select.held_out = {config.held_out:g} holds out no sample, because each class keeps at least {minimum}; raise it"
+        )
     facts = {
         "order": config.order,
         "scope": config.scope,
@@ -80,6 +90,7 @@ def select(
         "of": total,
         "kept_per_class": [counts[label].kept if label in counts else 0 for label in range(max(counts) + 1)],
         "raised_to_minimum": [label for label, count in counts.items() if count.raised],
+        **({"held_out": reader.rows - total} if config.held_out else {}),
     }
     return facts | cut.facts() | ranking.facts() | {"min_per_class": minimum, "seed": seed}
 
@@ -89,10 +100,12 @@ def _rank_and_cut(
 ) -> Iterator[pa.Table]:
     """The columns of the manifest except the ids, class by class; fills `counts`."""
     done, clusters = 0, [orders.CLUSTERS] if config.order == orders.CLUSTERS else []
-    for label, rows in reader.classes([*ranking.columns, *clusters]):
+    for label, whole in reader.whole_classes([*ranking.columns, *clusters]):
+        inside = ~reader.held_out.mask(label, whole.num_rows)
+        rows = whole if inside.all() else whole.filter(pa.array(inside))
         values = ranking.values(label, rows)
         if not (finite := np.isfinite(values)).all():
-            sample = reader.id_of(done + int(np.argmin(finite)))
+            sample = reader.id_of(done + int(np.flatnonzero(inside)[np.argmin(finite)]))
             raise UserError(f"the score {ranking.name} of sample {sample!r} is not finite; run `score` again")
         keys = ranking.keys(values)
         ranks = ranks_of(keys)
@@ -101,6 +114,10 @@ def _rank_and_cut(
             ranks = orders.reorder(config, ranking.seed, label, ranks, values, numbers)
         kept, raised = cut(label, keys, ranks)
         counts[label] = ClassCount(len(kept), int(np.count_nonzero(kept)), raised)
-        labels = rows["label"].cast(pa.int32())
-        yield pa.table({"label": labels, "score": values.astype(np.float32, copy=False), "rank": ranks, "kept": kept})
-        done += len(ranks)
+        done += whole.num_rows
+        columns = {"score": values.astype(np.float32, copy=False), "rank": ranks, "kept": kept}
+        if rows is not whole:
+            for (name, column), empty in zip(columns.items(), (np.float32(np.nan), HELD_OUT, False), strict=True):
+                columns[name] = np.full(whole.num_rows, empty, column.dtype)
+                columns[name][inside] = column
+        yield pa.table({"label": whole["label"].cast(pa.int32()), **columns})

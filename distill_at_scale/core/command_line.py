@@ -43,6 +43,11 @@ def runs_points() -> bool:
     return _given.name in ("sweep", "study")
 
 
+def compares() -> bool:
+    """Whether the given command is `compare`."""
+    return _given.name == "compare"
+
+
 def next_command(stage: str | None = None, **run: str) -> str:
     """The given command line for a shell, with other keys of the section `run`. It may hold credentials of URIs.
 

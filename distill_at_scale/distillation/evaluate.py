@@ -99,7 +99,7 @@ class Evaluator:
             return protocol.overridden(section)
         if "student_lr" in synthetic.card:  # learned for the synthetic images alone
             protocol = replace(protocol, lr=TrainingProtocol(1).lr)
-        if protocol.labels == "soft":
+        if protocol.labels == "soft" and (job.set != "random_real" or "teacher" not in synthetic.card):
             protocol = replace(protocol, labels="hard")
         if protocol.crop is not None:  # of tiles: a real image is one sample, and the largest crop is all of it
             smallest, largest = protocol.crop
@@ -125,6 +125,12 @@ class Evaluator:
         data = TrainingSet(torch.from_numpy(pixels), torch.from_numpy(labels), self.synthetic.normalization)
         if job.set == "random_real" and self.synthetic.protocol.labels == "views":
             return replace(data, views=self._teacher_labels)  # without the same teacher the comparison would be unfair
+        if job.set == "random_real" and self.synthetic.protocol.labels == "soft" and "teacher" in self.synthetic.card:
+            images = data.normalized(torch.arange(len(data.labels))).to(self.device)
+            logits = self.synthetic.teacher(self.device, self.config.distill.network).logits(images).cpu()
+            # as the labels of the set start: the logit of the image's own class is raised to the largest
+            logits = logits.scatter(1, data.labels[:, None], logits.max(1, keepdim=True).values)
+            return replace(data, soft={"soft_labels": logits})
         return data
 
     @cached_property

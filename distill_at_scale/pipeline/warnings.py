@@ -13,6 +13,7 @@ from distill_at_scale.config.experiments import STUDIES
 from distill_at_scale.config.fields import explicit_keys, flatten
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.sections import ORDER_KEYS
+from distill_at_scale.core import command_line
 from distill_at_scale.core.progress import Display
 from distill_at_scale.data.ingest.chunks import stores_jpeg
 from distill_at_scale.data.ingest.sample_types import holds_tensors
@@ -151,7 +152,8 @@ NO_EFFECT = (
     NoEffect("distill.tesla", ("label_lr", "label_init"), "distill.tesla.learn_labels",
              lambda c: c.distill.method == "tesla" and not c.distill.tesla.learn_labels,
              "distill.tesla.learn_labels is false"),
-    NoEffect("evaluate", ("bound_epochs", "bound_infobatch"), "evaluate.bounds", lambda c: not c.evaluate.bounds,
+    NoEffect("evaluate", ("bound_epochs", "bound_infobatch"), "evaluate.bounds",
+             lambda c: not c.evaluate.bounds and not command_line.compares(),
              "evaluate.bounds is empty, so no upper bound is trained"),
     NoEffect("run", ("scratch", "retry_seconds"), "run.dir", lambda c: "://" not in c.run.dir,
              "run.dir is on this machine, not on an object store"),

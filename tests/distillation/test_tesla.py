@@ -21,6 +21,7 @@ from distill_at_scale.config import load as configuration
 from distill_at_scale.config.methods import SIAMESE_AUGMENT
 from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.augment import Augmentation
+from distill_at_scale.distillation.evaluate import EvaluationJob, Evaluator
 from distill_at_scale.distillation.methods import METHODS
 from distill_at_scale.distillation.methods.shared.experts import ExpertFiles, flat
 from distill_at_scale.distillation.methods.shared.unroll import (
@@ -248,3 +249,32 @@ def test_the_pool_is_what_the_images_start_from(experts):
     assert all(
         float((images - image).abs().flatten(1).max(1).values.min()) < 1e-6 for image in method.images.detach()[1]
     )
+
+
+def test_an_expert_goes_with_the_set(experts):
+    method = make_method(experts, "tesla")
+    images, labels = method.snapshot()
+    outputs = method.finalize(images, labels)
+    card = {"class_names": ["zero", "one", "two"], **outputs.card}
+    teacher = synthetic_set.SyntheticSet(images, labels, card, {}, dict(outputs.extras)).teacher(CPU)
+    (theta,) = ExpertFiles(experts, 4, sum(method.student.sizes), CPU).parameters(0, 4)
+    assert torch.allclose(teacher.logits(images), method.student.logits(theta, images), atol=1e-5)
+    assert "teacher" not in make_method(experts, "tesla", learn_labels=False).finalize(images, labels).card
+
+
+def test_the_random_control_has_soft_labels_of_an_expert(make_run, tmp_path):
+    options = {"experts": 1, "expert_epochs": 2, "max_start": 0, "target_epochs": 1, "student_steps": 1, "image_lr": 10.0,
+               "augment": "none", "expert_augment": "none"}  # fmt: skip
+    run = make_run(tmp_path / "run", distill__method="tesla", distill__tesla=options, distill__ipc=4)
+    run.stages("ingest", "score", "select", "distill")
+    evaluator = Evaluator(run.config, *(run.dir / name for name in ("prepared", "synthetic", "manifest.parquet")), CPU)
+    job, hard = (EvaluationJob(name, "convnet", 1) for name in ("random_real", "full"))
+    synthetic = evaluator.synthetic
+    assert [evaluator._protocol(one, synthetic).labels for one in (job, hard)] == ["soft", "hard"]
+    data = evaluator._training_set(job, synthetic)
+    given = data.soft["soft_labels"]
+    expected = synthetic.teacher(CPU).logits(data.normalized(torch.arange(12)))
+    for row, other, label in zip(given, expected, data.labels.tolist(), strict=True):
+        assert float(row[label]) == float(other.max())
+        assert torch.equal(row[torch.arange(3) != label], other[torch.arange(3) != label])
+    assert evaluator.run(job)["top1"] == evaluator.run(job)["top1"]

@@ -5,7 +5,7 @@ With `learn_labels` the labels are logits [images, classes], learned with the im
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import ClassVar
 
 import torch
@@ -18,6 +18,7 @@ from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.methods.base import FinalOutputs
 from distill_at_scale.distillation.methods.mtt import MTT
 from distill_at_scale.distillation.methods.shared import unroll
+from distill_at_scale.distillation.soft_labels import TeacherFacts
 from distill_at_scale.distillation.student import TrainingProtocol
 
 CLASS_LOGIT = 5.0  # of an image's class, the others 0, if labels start from the class alone
@@ -66,4 +67,17 @@ class TESLA(MTT):
         outputs = super().finalize(images, labels)
         if self.logits is None:
             return outputs
-        return replace(outputs, extras={**outputs.extras, "soft_labels": self.logits.detach().flatten(0, 1).cpu()})
+        extras = {**outputs.extras, "soft_labels": self.logits.detach().flatten(0, 1).cpu()}
+        spec, card = self.context.spec, dict(outputs.card)
+        if (
+            spec.kind != "tensors"
+        ):  # an expert goes with the set: it gives other images soft labels, such as those of controls
+            (theta,) = self.experts.parameters(0, self.options.expert_epochs)
+            views = zip(self.student.names, theta.split(self.student.sizes), self.student.shapes, strict=True)
+            extras |= {f"teacher/{name}": part.view(shape).cpu() for name, part, shape in views}
+            ones, zeros = (1.0,) * spec.shape[-3], (0.0,) * spec.shape[-3]  # the data's own normalisation
+            facts = TeacherFacts(
+                spec.name, spec.shape, spec.classes, spec.width, spec.depth, ones, zeros, origin="the first expert"
+            )
+            card["teacher"] = asdict(facts)
+        return replace(outputs, extras=extras, card=card)

@@ -6,6 +6,7 @@ Images must have the size and the channels of the prepared data: another size wo
 from __future__ import annotations
 
 import io
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,14 +108,23 @@ def _from_source(
 ) -> SetTensors:
     if data.kind != "images":
         raise refuse(f"a set of {data.kind} must be a .pt file or a synthetic set")
-    channels, side = data.shape[0], data.shape[-1]
-    root, pixels = path if path.is_dir() else path.parent, list[np.ndarray[Any, Any]]()
-    section = DataSection(source=layout, path=str(root), size=side, channels=1 if channels == 1 else 3)
-    source, decoder = open_source(section), ImageDecoder(side, channels, "square", section.max_pixels)
-    rows = source.listing("train")
-    if path.is_file():
-        rows = rows.filter(np.array([location == path.name for location in rows["location"].to_pylist()]))
-    for name, raw in zip(rows["sample_id"].to_pylist(), source.read(rows), strict=True):
+    side, pixels = data.shape[-1], list[np.ndarray[Any, Any]]()
+    with tempfile.TemporaryDirectory() as folder:
+        if path.is_file():  # the name of a file in a folder must say which split it is
+            (Path(folder) / "train.parquet").symlink_to(path.resolve())
+        section = DataSection(
+            source=layout,
+            path=str(path) if path.is_dir() else folder,
+            size=side,
+            channels=1 if data.shape[0] == 1 else 3,
+        )
+        try:
+            source, decoder = open_source(section), ImageDecoder(side, section.channels, "square", section.max_pixels)
+            rows = source.listing("train")
+            samples = list(zip(rows["sample_id"].to_pylist(), source.read(rows), strict=True))
+        except UserError as error:
+            raise refuse(str(error)) from None
+    for name, raw in samples:
         try:
             shape = Image.open(io.BytesIO(raw)).size if isinstance(raw, bytes) else np.shape(raw)[1::-1]
             if shape != (side, side):
@@ -133,8 +143,8 @@ def _labels(names: Sequence[str], labels: np.ndarray[Any, Any], classes: Sequenc
     """Labels in the data's classes: by name, by the folder names of an export, or by number where all names are numbers."""
     known = {name: label for label, name in enumerate(folder_names(classes))}
     known |= {name: label for label, name in enumerate(classes)}
-    if not set(names) & set(known) and all(name.isdecimal() and int(name) < len(classes) for name in names):
-        known = {name: int(name) for name in names}
+    if not set(names) & set(known) and all(name.isdecimal() for name in names):
+        known = {str(label): label for label in range(len(classes))}
     if unknown := [name for name in names if name not in known]:
         raise refuse(
             f"its class {unknown[0]!r} is none of the data's: {', '.join(classes[:5])}{', ...' * (len(classes) > 5)}"

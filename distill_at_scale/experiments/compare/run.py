@@ -110,7 +110,10 @@ def make_plan(runs: Sequence[FinishedRun], display: Display) -> Plan:
         "seeds": section.seeds or config.evaluate.seeds,
     }
     config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update=changes)})
-    validate.check_networks(config, data)
+    try:
+        validate.check_networks(config, data)
+    except UserError as error:
+        raise UserError(str(error).replace("evaluate.networks", "compare.networks or evaluate.networks")) from None
     wanted = {"both": (True, False), "with": (True,), "without": (False,)}[section.augment]
     wanted = (False,) if data.kind == "tensors" else wanted
     protocols: dict[tuple[str, bool], TrainingProtocol] = {

@@ -183,6 +183,8 @@ def _rows(plot: Plot, styled: Sequence[Styled], width: float) -> Figure:
         bars = any(series.kind == "bars" for series, *_ in styled)
         low, high = min(values), max(values)
         low, high = (min(0.0, low), max(0.0, high)) if bars else (low, high)  # the length of a bar is its value
+        if is_share(plot.y_label, [y for y, _ in points]):  # wide intervals are cut
+            low, high = max(low, 0.0), min(high, 1.0)
         room = 0.06 * (high - low) or 0.1
         axes.set_xlim(low - room * (low < 0 or not bars), high + room)
     for row, (name, level) in enumerate(levels):

@@ -263,6 +263,12 @@ def _finish(plan: Plan, rows: Sequence[dict[str, Any]], teacher: dict[str, Any],
     lines = results.table(plan.entries, groups, counts, config.compare, plan.epochs, seconds)
     with publish(plan.folder / "compare.parquet") as temporary:
         pq.write_table(pa.Table.from_pylist(lines, results.SCHEMA), temporary)
+    scores = results.robust_scores(plan.entries, groups, len(counts), config.evaluate.networks)
+    of_sets = [one for one in scores if one["entry"] in [run.name for run in plan.runs]]
+    needs = {
+        "lrs": "the label-robust score needs hard labels, compare.full_seeds and the baseline random with the budget images",
+        "ars": "the augmentation-robust score needs compare.augment=both and the baseline random with the budget images",
+    }
     facts = {
         "data": last_name(config.data.path or "") or config.data.source,
         "runs": [
@@ -276,8 +282,8 @@ def _finish(plan: Plan, rows: Sequence[dict[str, Any]], teacher: dict[str, Any],
         "teacher": {**teacher, "network": config.compare.teacher.teacher_network} if teacher else None,
         "tested": sum(data.counts("test")),
         "rows": lines,
-        "scores": results.robust_scores(plan.entries, groups, len(counts), config.evaluate.networks),
-        "left_out": list(plan.left_out),
+        "scores": scores,
+        "left_out": [*plan.left_out, *(why for key, why in needs.items() if all(one[key] is None for one in of_sets))],
         "settings": config.compare.model_dump(),
     }
     write_json(plan.folder / FACTS, facts)

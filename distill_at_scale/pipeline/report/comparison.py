@@ -74,7 +74,7 @@ def _board(facts: Facts, network: str) -> dict[str, Any]:
 
 def _cell(row: Facts) -> dict[str, Any]:
     """Accuracy, and the difference from random samples with its interval, coloured by its verdict."""
-    cell = {"accuracy": accuracy(row), "gap": [], "verdict": ""}
+    cell: dict[str, Any] = {"accuracy": accuracy(row), "gap": [], "verdict": ""}
     if row.get("over_random") is not None:
         gap = {"mean": row["over_random"], "low": row["over_random_low"], "high": row["over_random_high"]}
         cell["gap"] = [points(gap["mean"])]

@@ -13,7 +13,7 @@ Study = Literal["critical_ratio", "stratified", "drop", "interaction", "stabilit
 STUDIES: tuple[Study, ...] = get_args(Study)
 Control = Literal["unpruned", "random"]
 Labels = Literal["hard", "soft", "views"]
-Baseline = Literal["random", "herding", "k_center", "easiest", "cad"]
+Baseline = Literal["random", "herding", "k_center", "easiest", "cad", "pca"]
 
 
 class SweepSection(Section):
@@ -134,7 +134,10 @@ class CompareSection(Section):
     epochs: int | None = Field(
         None, ge=1, description="epochs of every set; null: evaluate.epochs, or those of the first run's set"
     )
-    baselines: list[Baseline] = Field(list(get_args(Baseline)), description="real training samples to compare with")
+    baselines: list[Baseline] = Field(
+        list(get_args(Baseline)),
+        description="real training samples to compare with; pca: tiles of those that the run keeps first, as in distill.pca",
+    )
     budgets: list[Literal["images", "bytes"]] = Field(
         ["images", "bytes"],
         min_length=1,

@@ -254,3 +254,20 @@ def test_the_report_of_a_run_shows_its_comparison(two_runs, make_run, tmp_path):
     report = (run.dir / "report.html").read_text(encoding="utf-8")
     assert "<h2>Comparison</h2>" in report
     assert "random, 1 per class" in report
+
+
+def test_tiles_are_those_of_the_method_pca(two_runs, make_run, tmp_path):
+    run = make_run(tmp_path / "pca", distill__method="pca", run__reuse=two_runs[0].run.dir, score__criterion=CRITERIA)
+    run.stages(*STAGES)
+    first = with_overrides(two_runs[0], {"compare.dir": str(tmp_path / "out"), "compare.baselines": ["pca"]})
+    plan = compare.make_plan(open_runs([first, run.config]), Display.silent())
+    by = {entry.title: entry for entry in plan.entries}
+    assert set(by) == {"dm", "pca", "pca, 1 per class", "whole training split"}
+    ours, theirs = (safetensors_io.load(by[name].file) for name in ("pca, 1 per class", "pca"))
+    assert torch.equal(ours["images"], theirs["images"])
+    crop = synthetic_set.load(run.dir).protocol.crop
+    assert crop is not None
+    crops = {(unit.work[0].set, unit.work[0].augment): unit.work[1].crop for unit in compare._units(plan).values()}
+    for name in ("pca", "pca, 1 per class"):
+        assert (crops[name, True], crops[name, False]) == (crop, None)
+    assert crops["dm", True] is None

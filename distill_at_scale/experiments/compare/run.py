@@ -29,6 +29,7 @@ from distill_at_scale.distillation import engine
 from distill_at_scale.distillation.augment import Augmentation
 from distill_at_scale.distillation.engine import DistillPaths
 from distill_at_scale.distillation.evaluate import UNPRUNED
+from distill_at_scale.distillation.methods.pca import PCA
 from distill_at_scale.distillation.soft_labels import TEACHER
 from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.experiments.compare import external, results, sets
@@ -129,24 +130,42 @@ def make_plan(runs: Sequence[FinishedRun], display: Display) -> Plan:
     tensors: list[tuple[str, Any, SetTensors, float | None]] = [
         (run.name, "distilled", sets.tensors_of(run.synthetic, normalization), _cost(run)) for run in runs
     ]
+    crops = {run.name: run.synthetic.protocol.crop for run in runs}
     for name, path in section.external.items():
         if name in taken:
             raise UserError(f"compare.external: a run has the name {name!r}, too; give the set another name")
         tensors.append((name, "external", external.load(name, path, data, normalization), None))
+    ordered = [name for name in section.baselines if name not in (RANDOM, PCA.section_name)]
+    orders, left_out = sets.orders(first.dir / "scores.parquet", ordered, data.counts("train"))
+    if PCA.section_name in section.baselines:
+        ipcs, factor = (
+            {max(1, one.stored // len(data.class_names)) for _, _, one, _ in tensors},
+            config.distill.pca.factor,
+        )
+        try:
+            crop = PCA.protocol(config).crop
+            for ipc in sorted(ipcs):
+                name, where = f"pca, {ipc} per class", first.dir / "manifest.parquet"
+                tiled = sets.tiles(where, data, normalization, ipc, factor)
+                tensors.append((name, "tiles", tiled, first.seconds("score", "select")))
+                crops[name] = crop
+        except UserError as error:
+            left_out.append(f"pca: {error}")
     for name, kind, one, cost in tensors:
         file = folder / "sets" / f"{digest(name)[:16]}.safetensors"
         one.save(file)
         size = math.prod(data.shape) * one.value_bytes
-        entries.append(
-            Entry(name, kind, size, one.stored, len(one.labels), cost=cost, file=file, own_soft=one.soft is not None)
+        soft = one.soft is not None
+        made = Entry(
+            name, kind, size, one.stored, len(one.labels), cost=cost, file=file, own_soft=soft, crop=crops.get(name)
         )
-    ordered = [name for name in section.baselines if name != RANDOM]
-    orders, left_out = sets.orders(first.dir / "scores.parquet", ordered, data.counts("train"))
+        entries.append(made)
     files: dict[str, Path | None] = {RANDOM: None} if RANDOM in section.baselines else {}
     for name, order in orders.items():
         files[name] = file = folder / "sets" / f"order-{name}.safetensors"
         safetensors_io.save(file, order)
-    entries += sets.baselines(entries, files, data, section, epochs, first.seconds("score"))
+    compared = [entry for entry in entries if entry.kind != "tiles"]
+    entries += sets.baselines(compared, files, data, section, epochs, first.seconds("score"))
     if section.full_seeds:
         count = sum(data.counts("train"))
         entries.append(Entry(FULL, "full", data.stored_bytes, count, count, cost=0.0))
@@ -181,6 +200,8 @@ def _units(plan: Plan) -> dict[str, Unit]:
                 if labels != "hard" or augment != max(other for _, other in plan.protocols):
                     continue
                 protocol, seeds = replace(protocol, epochs=config.evaluate.bound_epochs), config.compare.full_seeds
+            if entry.crop is not None and augment and labels != "views":
+                protocol = replace(protocol, crop=entry.crop)
             for network in config.evaluate.networks:
                 for seed in range(seeds):
                     job = Job(entry.name, entry.per_class.get(labels, 0), labels, augment, network, seed)

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from distill_at_scale.config.experiments import CompareSection
 from distill_at_scale.core import safetensors_io
+from distill_at_scale.data.prepared import manifest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import Normalization
+from distill_at_scale.distillation.multi_formation import assemble_parts
 from distill_at_scale.distillation.synthetic_set import SyntheticSet
 from distill_at_scale.pruning.scoring import score_table
 from distill_at_scale.pruning.selection.ranking import build_ranking
@@ -57,6 +59,22 @@ def tensors_of(synthetic: SyntheticSet, normalization: Normalization) -> SetTens
     return SetTensors(images, data.labels, len(synthetic), 4, soft)
 
 
+def tiles(run_manifest: Path, data: PreparedDataset, normalization: Normalization, ipc: int, factor: int) -> SetTensors:
+    """The set of the method pca: of each class the samples that a manifest keeps first, factor x factor of them per image.
+
+    A class with too few samples gets fewer images.
+    """
+    ranks, starts = manifest.read(run_manifest, ["rank"])[0]["rank"].to_numpy(), np.cumsum([0, *data.counts("train")])
+    images, labels = [], []
+    for label, count in enumerate(data.counts("train")):
+        number = min(ipc, count // factor**2)
+        places = np.argsort(ranks[starts[label] : starts[label] + count], kind="stable")[: number * factor**2]
+        pixels = torch.from_numpy(data.take("train", label, np.sort(places))[np.argsort(np.argsort(places))])
+        images.append(assemble_parts(normalization.apply(pixels), factor))
+        labels += [label] * number
+    return SetTensors(torch.cat(images), torch.tensor(labels), len(labels), 4)
+
+
 def label_bytes(labels: str, classes: int, section: CompareSection, epochs: int) -> int:
     """Bytes of the labels of one training image: its class, and soft labels."""
     if labels == "hard":
@@ -82,7 +100,7 @@ class Entry:
     """
 
     name: str
-    kind: Literal["distilled", "external", "baseline", "full"]
+    kind: Literal["distilled", "external", "tiles", "baseline", "full"]
     image_bytes: int
     stored: int = 0
     training: int = 0
@@ -91,6 +109,7 @@ class Entry:
     cost: float | None = None
     file: Path | None = None
     own_soft: bool = False  # whether it has soft labels of its own
+    crop: tuple[float, float] | None = None  # of its images (pca): added to the augmentation of labels hard and soft
 
     @property
     def title(self) -> str:

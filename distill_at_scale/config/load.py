@@ -256,7 +256,8 @@ def _set_all(values: dict[str, Any], keys: Mapping[str, Any], above: str = "") -
 
 def _set_out(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """The values by section, with `select: auto` written out."""
-    return {**values, "select": {"keep": "auto"}} if values.get("select") == "auto" else values
+    short = isinstance(values, Mapping) and values.get("select") == "auto"
+    return {**values, "select": {"keep": "auto"}} if short else values
 
 
 def _plain(value: Any) -> Any:

@@ -269,6 +269,10 @@ def test_one_anchor_may_serve_a_text_and_a_number(load):
         ("studies.stability.networks=mlp", ["mlp"]),
         ("studies.stability.steps=5", [5]),
         ("studies.across.keep=0.2", [0.2]),
+        ("compare.labels=soft", ["soft"]),
+        ("compare.networks=resnet18", ["resnet18"]),
+        ("compare.baselines=random", ["random"]),
+        ("compare.budgets=bytes", ["bytes"]),
     ],
 )
 def test_every_list_takes_a_single_value(load, override, value):
@@ -287,7 +291,8 @@ def test_all_lists_are_covered_by_the_test_above():
     lists -= {"select.window"}  # which takes two values
     assert lists == {"evaluate.networks", "evaluate.bounds", "evaluate.controls", "sweep.controls", "studies.run",
                      "studies.stability.networks",
-                     "studies.stability.steps", "studies.across.keep", "studies.interaction.drops"}  # fmt: skip
+                     "studies.stability.steps", "studies.across.keep", "studies.interaction.drops",
+                     "compare.labels", "compare.networks", "compare.baselines", "compare.budgets"}  # fmt: skip
 
 
 @pytest.mark.parametrize("key", ["score.lr", "evaluate.lr", "distill.dc.image_lr"])

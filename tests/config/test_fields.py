@@ -46,6 +46,9 @@ def test_the_keys_that_were_added_later():
         "select.easiest", "select.strata", "select.window", "select.held_out", "evaluate.split",
         "score.imported_useful", "evaluate.control", "evaluate.controls",
         "distill.precision", "evaluate.precision", "select.refresh", "select.refresh_pool",
+        "distill.mtt.expert_infobatch", "distill.tesla.expert_infobatch",
+        "distill.sre2l.teacher_infobatch", "distill.rded.teacher_infobatch",
+        "compare.teacher.teacher_infobatch", "evaluate.bound_infobatch",
     }  # fmt: skip
 
 

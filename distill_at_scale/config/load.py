@@ -7,6 +7,7 @@ says what is allowed. Names of interchangeable parts (source, criterion, method,
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from distill_at_scale.config.methods import DistillSection, EvaluateSection, Run
 from distill_at_scale.core.errors import UserError
 
 MAX_CHARACTERS = 2**20  # of a configuration file
+REMOVED = ("tolerance", "lowest", "points")  # keys of select.auto in run.json of earlier versions; no result depends on them
 
 
 class Config(Section):
@@ -207,6 +209,8 @@ def _of_run(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is a folder without a run.json; give a YAML file or a run folder") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'run.json'} is damaged ({error}); give the YAML file of the run") from None
+    with contextlib.suppress(AttributeError, KeyError, TypeError):  # of a damaged file, which is refused below
+        values["select"]["auto"] = {k: v for k, v in values["select"]["auto"].items() if k not in REMOVED}
     try:
         config = validate(values, {}, str(folder / "run.json"))
     except UserError as error:

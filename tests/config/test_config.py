@@ -376,6 +376,13 @@ def test_a_run_folder_of_another_version_says_so(tmp_path):
         config.load(tmp_path)
 
 
+def test_a_run_folder_of_the_version_before_the_search_among_candidates_is_read(tmp_path):
+    auto = {"seeds": 2, "tolerance": 1.0, "lowest": 0.001, "points": 6}
+    written = {"select": {"keep": 0.5, "auto": auto}}
+    (tmp_path / "run.json").write_text(json.dumps({"config": written}), encoding="utf-8")
+    assert config.load(tmp_path).select.keep == 0.5
+
+
 def test_a_run_folder_gives_neither_its_redo_nor_a_run_to_reuse_that_is_gone(tmp_path):
     """run.redo would move results of later commands aside, and a run that is gone would refuse every command."""
     written = {"run": {"redo": "select", "reuse": str(tmp_path / "other")}, "select": {"keep": 0.5}}

@@ -24,7 +24,11 @@ from distill_at_scale.config.methods import DistillSection, EvaluateSection, Run
 from distill_at_scale.core.errors import UserError
 
 MAX_CHARACTERS = 2**20  # of a configuration file
-REMOVED = ("tolerance", "lowest", "points")  # keys of select.auto in run.json of earlier versions; no result depends on them
+REMOVED = (
+    "tolerance",
+    "lowest",
+    "points",
+)  # keys of select.auto in run.json of earlier versions; no result depends on them
 
 
 class Config(Section):

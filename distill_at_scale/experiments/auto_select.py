@@ -4,7 +4,7 @@
     <run.dir>/auto.json    rounds, choice and its reason; reused while nothing that it depends on changes
 
 Successive halving over a portfolio (`pruning/selection/portfolio.py`). The test split is not read. Proxies were trained on the
-held-out samples too, which reaches a candidate through its scores only: the samples themselves are never kept.
+held-out samples too, which may flatter a selection by scores a little.
 """
 
 from __future__ import annotations
@@ -102,13 +102,8 @@ def selection(config: Config, open_points: OpenPoints, say: Say) -> dict[str, An
 
     def publish(plan: Sequence[Round], **result: Any) -> None:
         seconds = round(sum(one.seconds for one in rounds), 3)
-        values = {
-            "made_with": fingerprint,
-            "chosen": None,
-            "name": "",
-            "held_out": search.select.held_out,
-            "seconds": seconds,
-        }
+        held_out = search.select.held_out
+        values = {"made_with": fingerprint, "chosen": None, "name": "", "held_out": held_out, "seconds": seconds}
         lists = {"rounds": [asdict(one) for one in rounds], "plan": [asdict(one) for one in plan]}
         write_json(run / NAME, values | result | lists)
 
@@ -139,10 +134,8 @@ def _round(
 
     def points_of(candidate: Candidate, now: Round) -> list[Point]:
         keys = {f"select.{key}": value for key, value in candidate.items()}
-        lengths = {
-            "distill.steps": now.steps,
-            "evaluate.epochs": max(round(now.share * epochs), min(epochs, LEAST_EPOCHS)),
-        }
+        trained = max(round(now.share * epochs), min(epochs, LEAST_EPOCHS))
+        lengths = {"distill.steps": now.steps, "evaluate.epochs": trained}
         overrides = {"select.per_class": None, "select.keep": 1.0, **keys, **lengths}
         return [Point(overrides, seed) for seed in range(now.repetitions)]
 

@@ -88,13 +88,13 @@ def test_halving_finds_the_cheapest_that_does_what_everything_does(finished):
     assert chosen == {"criterion": "random", "keep": 0.2}
     assert points.stood_on == finished.dir
     tried = [(config.distill.steps, config.select.criterion, config.select.keep) for config in points.tried]
-    assert [tried.count((6, c["criterion"], c["keep"])) for c in PORTFOLIO] == [1] * 8
+    assert [tried.count((9, c["criterion"], c["keep"])) for c in PORTFOLIO] == [1] * 8
     assert [tried.count((18, "random", rate)) for rate in RATES] == [0, 3, 3, 3], (
         "three finalists, a quarter of the steps"
     )
-    assert tried.count((6, None, 1.0)) == 1
+    assert tried.count((9, None, 1.0)) == 1
     assert tried.count((18, None, 1.0)) == 3
-    assert {(config.distill.steps, config.evaluate.epochs) for config in points.tried} == {(6, 100), (18, 300)}
+    assert {(config.distill.steps, config.evaluate.epochs) for config in points.tried} == {(9, 150), (18, 300)}
     assert {(config.select.held_out, config.evaluate.split) for config in points.tried} == {(0.2, "held_out")}
     result = saved(finished)
     assert (result["name"], result["kept"], result["of"]) == ("random, 20 %", 200, 1000)
@@ -106,7 +106,7 @@ def test_halving_finds_the_cheapest_that_does_what_everything_does(finished):
         *["goes on"] * 3,
         *["out"] * 5,
     ]
-    assert "round 1 of 2: 8 candidates, 6 steps × 1" in lines[0]
+    assert "round 1 of 2: 8 candidates, 9 steps × 1" in lines[0]
     assert "difference +0.0 ±" in lines[-1]
 
 

@@ -23,10 +23,10 @@ def test_keep_rates_follow_the_images_per_class(ipc, each, rates):
     assert portfolio.keep_rates(ipc, [each] * 10) == rates
 
 
-def test_the_best_third_goes_on_with_three_times_the_steps():
-    assert portfolio.rounds(20, 90, 3) == [Round(20, 10, 1, 1 / 9), Round(7, 30, 2, 1 / 3), Round(3, 90, 3)]
+def test_the_best_third_goes_on_with_twice_the_steps():
+    assert portfolio.rounds(20, 90, 3) == [Round(20, 22, 1, 1 / 4), Round(7, 45, 2, 1 / 2), Round(3, 90, 3)]
     assert portfolio.rounds(3, 90, 5) == [Round(3, 90, 5)]
-    assert portfolio.rounds(4, 2, 2) == [Round(4, 1, 1, 1 / 3), Round(2, 2, 2)]
+    assert portfolio.rounds(4, 2, 2) == [Round(4, 1, 1, 1 / 2), Round(2, 2, 2)]
     assert Round(3, 90, 5).points == 20, "everything takes part"
 
 

@@ -1,8 +1,8 @@
 """The candidates of select: auto, and the rounds in which successive halving compares them.
 
 A candidate is a mapping of keys of the section `select`. Successive halving (Jamieson and Talwalkar, arXiv 1502.07943): the
-first round tries all candidates with few steps; the best third of each round goes on with three times the steps and three times
-the epochs of evaluation. "Everything" takes part in each round, for comparison.
+first round tries all candidates with few steps; the best third of each round goes on with twice the steps and twice the epochs of
+evaluation. "Everything" takes part in each round, for comparison.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ EACH = 2, 10, 50  # kept samples per class of the default portfolio, for each di
 SHARES = 0.1, 0.3  # its other keep rates
 LARGEST, APART = 0.5, 1.6  # its largest keep rate, and the smallest factor between two
 THIRD, FINALISTS = 3, 3  # one in THIRD goes on to the next round, until at most FINALISTS are left
+LONGER = 2  # how much longer the next round is; with 3, the first one of a short search ranked the initial images only
 QUARTER = 4  # the last round has the steps of the run divided by this
 
 
@@ -88,7 +89,7 @@ def rounds(count: int, steps: int, seeds: int) -> list[Round]:
     while sizes[-1] > FINALISTS:
         sizes.append(-(-sizes[-1] // THIRD))
     last = len(sizes) - 1
-    shares = [THIRD ** (k - last) for k in range(len(sizes))]
+    shares = [LONGER ** (k - last) for k in range(len(sizes))]
     return [
         Round(size, max(1, round(steps * share)), seeds if k == last else min(1 + k, seeds), share)
         for k, (size, share) in enumerate(zip(sizes, shares, strict=True))

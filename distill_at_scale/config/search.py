@@ -44,6 +44,6 @@ class AutoSection(Section):
                 ["keep"] if candidate.get("keep") == "auto" else []
             ):
                 raise ValueError(
-                    f"the candidate {candidate} sets {wrong[0]}, which is no part of a selection; leave it out"
+                    f"the candidate {candidate} sets {wrong[0]}, which does not belong to a selection; leave it out"
                 )
         return value

@@ -1,4 +1,4 @@
-"""Static pruning that follows the distillation: every `select.refresh` steps each class's kept samples are chosen anew.
+"""Static pruning that follows the distillation: every `select.refresh` steps the kept samples of each class are chosen again.
 
 The kept samples compete with a random part of the class (`select.refresh_pool`), rated by the method's network of that step
 (`Method.judge`). As many are kept as before, from the same end of the ranking (`select.order`). Which samples those are is

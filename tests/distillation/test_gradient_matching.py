@@ -95,7 +95,7 @@ def test_the_inner_loop_sees_every_image_once_per_epoch_in_small_batches():
     before = [p.detach().clone() for p in network.parameters()]
     images, labels = method.images.detach().flatten(0, 1), torch.arange(CLASSES).repeat_interleave(2)
     expected = torch.autograd.grad(3 * F.cross_entropy(network(images), labels), list(network.parameters()))
-    method._train_network(0, 0)
+    method._train_network(0, 0, 1)
     for parameter, old, gradient in zip(network.parameters(), before, expected, strict=True):
         assert torch.allclose((old - parameter.detach()) / 1e-3, gradient, rtol=0.1, atol=2e-2)
 

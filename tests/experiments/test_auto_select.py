@@ -208,7 +208,7 @@ def test_a_damaged_file_is_named(finished):
     [
         ({"per_class": 3}, "select.per_class is one"),
         ({"order": "stratum"}, "which do not fit select.order: stratum"),
-        ({"auto": {"portfolio": [{"held_out": 0.1}]}}, "sets held_out, which is no part of a selection"),
+        ({"auto": {"portfolio": [{"held_out": 0.1}]}}, "sets held_out, which does not belong to a selection"),
     ],
 )
 def test_keys_that_do_not_go_with_auto_are_refused(keys, message):

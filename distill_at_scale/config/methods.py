@@ -95,6 +95,7 @@ class MTTSection(Section):
     expert_augment: str = Field(SIAMESE_AUGMENT, description="augmentation of expert training")
     expert_infobatch: float = later_key(
         0.0,
+        in_ids=False,
         ge=0,
         lt=1,
         description="experts: probability to leave a sample of below-mean loss out of an epoch (InfoBatch); 0: off",
@@ -139,6 +140,7 @@ class TeacherSection(Section):
     teacher_augment: str = Field(SIAMESE_AUGMENT, description="augmentation of teacher training")
     teacher_infobatch: float = later_key(
         0.0,
+        in_ids=False,
         ge=0,
         lt=1,
         description="teacher: probability to leave a sample of below-mean loss out of an epoch (InfoBatch); 0: off",
@@ -235,8 +237,8 @@ class DistillSection(Section):
     tesla: TESLASection = TESLASection()
     sre2l: SRe2LSection = SRe2LSection()
     rded: RDEDSection = RDEDSection()
-    pca: PCASection = PCASection()
-    coreset: CoresetSection = CoresetSection()
+    pca: PCASection = later_key(PCASection(), in_ids=False)
+    coreset: CoresetSection = later_key(CoresetSection(), in_ids=False)
     options: dict[str, Any] = Field({}, description="options of your own method (package.module:Object)")
 
     @field_validator("workers", mode="before")
@@ -297,6 +299,7 @@ class EvaluateSection(Section):
     bound_epochs: int = Field(30, ge=1, description="epochs of the upper bounds")
     bound_infobatch: float = later_key(
         0.0,
+        in_ids=False,
         ge=0,
         lt=1,
         description="bounds: probability to leave a sample of below-mean loss out of an epoch (InfoBatch); 0: off",

@@ -38,6 +38,8 @@ def test_a_run_has_the_controls_that_differ_from_it():
     assert names(100, "loss") == ["unpruned"]
     assert names(100, "none") == []
     assert names(100, "loss", "mtt") == []  # to which runtime pruning does not apply
+    assert names(20, "none", "coreset") == ["random_keep"]  # the first of all samples are the first kept ones
+    assert names(100, "none", "pca") == ["random_keep"]  # which takes others than the first
 
 
 def test_the_manifest_of_a_control_keeps_all_or_as_many_of_each_class_at_random(digits_run, tmp_path):
@@ -56,6 +58,12 @@ def test_the_manifest_of_a_control_keeps_all_or_as_many_of_each_class_at_random(
     assert np.array_equal(kept["random_keep"], kept["again"])
     assert not np.array_equal(kept["random_keep"], kept["other"])
     assert not np.array_equal(kept["random_keep"], run_table["kept"].to_numpy())
+    ranks = tables["random_keep"]["rank"].to_numpy()  # at random too, as coreset and pca take the first samples
+    for label in np.unique(labels):
+        own = labels == label
+        assert sorted(ranks[own]) == list(range(own.sum()))
+        assert abs(np.corrcoef(ranks[own], run_table["rank"].to_numpy()[own])[0, 1]) < 0.5
+        assert (kept["random_keep"][own] == (ranks[own] < facts["kept_per_class"][label])).all()
 
 
 def test_controls_stand_in_the_evaluation_with_their_size_and_time(with_controls):

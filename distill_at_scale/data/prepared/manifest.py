@@ -9,7 +9,7 @@ holds rule, requested and reached keep rate, seed and fingerprints as JSON under
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +51,18 @@ def write(path: Path, table: pa.Table, facts: dict[str, Any]) -> None:
         out.facts = facts
 
 
-def write_like(source: Path, target: Path, kept: np.ndarray[Any, Any], facts: dict[str, Any]) -> None:
-    """Writes the rows of a manifest with other kept samples: `kept` is bool [rows]."""
-    file, start, column = _open(source), 0, SCHEMA.get_field_index("kept")
+def write_like(source: Path, target: Path, columns: Mapping[str, np.ndarray[Any, Any]], facts: dict[str, Any]) -> None:
+    """Writes the rows of a manifest with other values in some columns [rows]."""
+    file, start = _open(source), 0
     with writing(target) as out, parquet.reading(source, "select"):
         for group in range(file.num_row_groups):
             table = parquet.read_group(file, group, SCHEMA.names)
-            mask = pa.array(kept[start : start + table.num_rows])
-            out.append(table.set_column(column, SCHEMA.field(column), mask))
-            start += table.num_rows
+            end = start + table.num_rows
+            for name, values in columns.items():
+                place = SCHEMA.get_field_index(name)
+                table = table.set_column(place, SCHEMA.field(place), pa.array(values[start:end]))
+            out.append(table)
+            start = end
         out.facts = facts
 
 

@@ -47,6 +47,8 @@ class Control:
 
 def applicable(config: Config, kept: int, of: int) -> list[str]:
     """The configured controls that differ from the run itself, which keeps `kept` of `of` training samples."""
+    if engine.method_class(config).first_kept(config):  # of all samples, the first are the same
+        return [name for name in config.evaluate.controls if name != UNPRUNED]
     return [name for name in config.evaluate.controls if kept < of or (name == UNPRUNED and engine.prunes(config))]
 
 
@@ -56,6 +58,8 @@ def distil(context: RunContext, data: PreparedDataset) -> list[Control]:
     names = applicable(context.config, kept, of)
     if left_out := [name for name in context.config.evaluate.controls if name not in names]:
         why = "the run keeps all training samples" if kept == of else "the run prunes nothing"
+        if engine.method_class(context.config).first_kept(context.config):
+            why = f"{context.config.distill.method} would take the same samples without pruning"
         context.display.say(f"  evaluate.controls: {', '.join(left_out)} left out, because {why}")
     return [_control(context, data, name) for name in names]
 
@@ -109,16 +113,18 @@ def _content(run_dir: RunDir, name: str) -> dict[str, str]:
 
 
 def write_manifest(source: Path, target: Path, data: PreparedDataset, name: str, seed: int) -> dict[str, Any]:
-    """Write the manifest of a control; returns its facts. random_keep keeps as many of each class as `source`, others at
-    random; unpruned keeps all. Neither keeps samples that are held out.
+    """Write the manifest of a control; returns its facts. random_keep ranks each class at random and keeps as many as `source`;
+    unpruned keeps all. Neither keeps samples that are held out.
     """
     ends, chosen = np.cumsum(data.counts("train"))[:-1], manifest.facts(source)["kept_per_class"]
-    masks = np.split(manifest.read(source, ["rank"])[0]["rank"].to_numpy() != manifest.HELD_OUT, ends)
+    ranks = manifest.read(source, ["rank"])[0]["rank"].to_numpy().copy()
+    masks = np.split(ranks != manifest.HELD_OUT, ends)
     total = int(sum(mask.sum() for mask in masks))
-    for label, mask in enumerate(masks if name != UNPRUNED else ()):
-        order = rng.numpy_generator(seed, "control random_keep", label).permutation(int(mask.sum()))
-        mask[mask] = order < chosen[label]
+    if name != UNPRUNED:
+        for label, (mask, own) in enumerate(zip(masks, np.split(ranks, ends), strict=True)):
+            order = rng.numpy_generator(seed, "control random_keep", label).permutation(int(mask.sum()))
+            own[mask], mask[mask] = order, order < chosen[label]
     counts = {"kept": int(sum(mask.sum() for mask in masks)), "of": total}
     facts = {"control": name, **counts, "kept_per_class": [int(mask.sum()) for mask in masks]}
-    manifest.write_like(source, target, np.concatenate(masks), facts)
+    manifest.write_like(source, target, {"rank": ranks, "kept": np.concatenate(masks)}, facts)
     return counts

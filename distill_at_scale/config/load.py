@@ -65,7 +65,7 @@ class Config(Section):
                 f"select.stratum_start + select.keep is {select.stratum_start + select.keep:g}; "
                 "a stratum must end at or before 1"
             )
-        if select.scope == "global" and select.order in ("coverage", "clusters", "easy_random", "window"):
+        if select.scope == "global" and select.order in sections.DRAWN:
             raise ValueError(
                 f"select.scope: global ranks all samples together, but select.order: {select.order} orders each class by "
                 "itself; set select.scope to class or adaptive"

@@ -21,6 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 Order = Literal["useful", "useless", "low", "high", "stratum", "coverage", "clusters", "easy_random", "window"]
+DRAWN = ("coverage", "clusters", "easy_random", "window")  # orders that draw from a part of each class
 # select.order -> the keys that only some orders read, this one among them
 ORDER_KEYS: dict[str, tuple[str, ...]] = {
     "stratum": ("stratum_start",),

@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.registry import resolve
+from distill_at_scale.config.sections import DRAWN, Order
 from distill_at_scale.core.collectives import Collectives, SingleProcess
 from distill_at_scale.core.environment import gpu_memory
 from distill_at_scale.core.errors import DistillationDiverged, UserError
@@ -44,7 +45,6 @@ METHOD_CONTRACT = (
 SNAPSHOT_CLASSES, SNAPSHOT_IPC = 10, 5
 SNAPSHOT_AT = (0, 0.01, 0.05, 0.2, 0.5)  # shares of the steps; the last snapshot is the finished set
 REFRESH_KEYS = ("select.refresh", "select.refresh_pool")  # of `select`, but read by the loop
-RENEWED_ORDERS = ("useful", "useless", "low", "high", "stratum")  # that a renewal can follow: by rank alone
 LOG_LINES = 200  # per run, evenly spaced
 LATE, DIVERGED = 1, 2  # signals of a worker to all others after a step: save a checkpoint; stop
 
@@ -103,10 +103,11 @@ def check_inputs(config: Config, prepared: evaluate.DataSummary, kept_per_class:
             f"select.refresh = {config.select.refresh}: the method {section.method} has no network that rates real samples "
             f"between its steps; set select.refresh to null, or take one of the methods {able}"
         )
-    if config.select.refresh and config.select.order not in RENEWED_ORDERS:
+    if config.select.refresh and config.select.order in DRAWN:
+        able = ", ".join(order for order in get_args(Order) if order not in DRAWN)
         raise UserError(
             f"select.refresh = {config.select.refresh}: renewals cannot follow select.order = {config.select.order!r}; "
-            f"take one of {', '.join(RENEWED_ORDERS)}, or set select.refresh to null"
+            f"take one of {able}, or set select.refresh to null"
         )
     if section.evaluate_every:
         evaluate.require_samples_to_test(config, prepared)

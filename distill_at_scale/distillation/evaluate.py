@@ -77,20 +77,12 @@ class Evaluator:
         seed = rng.derive(self.config.run.seed, "evaluation", job.set, job.network, job.seed)
         synthetic = self.synthetic if folder is None else synthetic_set.load(folder)
         protocol, started = self._protocol(job, synthetic), time.perf_counter()
-        data, test, precision = self._training_set(job, synthetic), self.test, self.config.evaluate.precision
-        normalization = self.synthetic.normalization
+        data, section = self._training_set(job, synthetic), self.config.evaluate
+        infobatch = section.bound_infobatch if job.set in section.bounds else 0.0
         result = train_and_test(
-            spec,
-            data,
-            protocol,
-            seed,
-            (*test, normalization),
-            self.device,
-            precision,
-            progressed,
-            f"evaluation of {job}",
-            self.config.evaluate.bound_infobatch if job.set in self.config.evaluate.bounds else 0.0,
-        )
+            spec, data, protocol, seed, (*self.test, self.synthetic.normalization), self.device, section.precision,
+            progressed, f"evaluation of {job}", infobatch,
+        )  # fmt: skip
         return {**asdict(job), **result, "seconds": round(time.perf_counter() - started, 3)}
 
     def _protocol(self, job: EvaluationJob, synthetic: SyntheticSet) -> TrainingProtocol:

@@ -32,6 +32,7 @@ class Refresh:
     Attributes:
         first, kept, pool: label -> positions within the class, ascending, of the samples that the manifest keeps, of those
             that are kept now, and of all that are not held out. Empty without `select.refresh`.
+        share: of the kept samples that are not in the first set, a mean over the classes.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Refresh:
         self.config, self.prepared, self.sampler, self.method = config, prepared, sampler, method
         labels = sampler.placement.counts if config.select.refresh else {}
         self.first, self.pool = (kept_places(prepared, manifest, labels, others) for others in (False, True))
-        self.kept = dict(self.first)
+        self.kept, self.share = dict(self.first), 0.0
         self.ranking = build_ranking("value", True, config.select.order, 0)
 
     def renew(self, step: int) -> None:
@@ -60,6 +61,7 @@ class Refresh:
                 self._keep(label, candidates[window(self.config.select, ranks, len(before))])
                 if isinstance(self.method, ImageMethod):
                     self.method.pruning.renew(label, before, self.kept[label])
+        self._set_share()
 
     def _candidates(self, label: int, step: int) -> Array:
         """Positions of the samples that a renewal chooses from, ascending: the kept ones and a random part of the class."""
@@ -73,10 +75,9 @@ class Refresh:
             self.sampler.renew(self.prepared, {label: places})
             self.kept[label] = places
 
-    @property
-    def share(self) -> float:
-        """The share of the kept samples that are not in the first set, a mean over the classes."""
-        return float(np.mean([1 - np.isin(self.kept[label], own).mean() for label, own in self.first.items()]))
+    def _set_share(self) -> None:
+        new = [1 - np.isin(self.kept[label], own).mean() for label, own in self.first.items()]
+        self.share = float(np.mean(new)) if new else 0.0
 
     def state_dict(self) -> dict[str, Tensor]:
         return {f"kept/{label}": torch.from_numpy(places.astype(np.int64)) for label, places in self.kept.items()}
@@ -84,3 +85,4 @@ class Refresh:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for label in self.first:
             self._keep(label, state[f"kept/{label}"].numpy().astype(np.int32))
+        self._set_share()

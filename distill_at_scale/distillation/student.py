@@ -35,9 +35,8 @@ from distill_at_scale.pruning.infobatch import InfoBatch
 
 SMALL_BATCH = 16  # images below which the statistics of batch norm are poor
 
-WeightedTargets = list[
-    tuple[float, Tensor, Tensor]
-]  # shares, classes or (log) probabilities, and rows of their samples
+# shares, classes or (log) probabilities, and rows of their samples
+WeightedTargets = list[tuple[float, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -198,8 +197,7 @@ def epoch_batches(
         weighted = [(1.0, targets(rows), rows)]
         if protocol.cutmix and len(rows) > 1 and float(torch.rand(1, generator=generator)) < protocol.cutmix:
             mixed = cutmix(images, generator)
-            images = mixed.images
-            others = rows[mixed.order]
+            images, others = mixed.images, rows[mixed.order]
             weighted = [(mixed.share, targets(rows), rows), (1 - mixed.share, targets(others), others)]
         yield images, weighted
 

@@ -51,10 +51,8 @@ class TrainLoader:
         draw = rng.generator(self.seed, "train loader", epoch)
         for images, weighted in epoch_batches(self.data, self.protocol, draw, merge=True, shuffle=self.shuffle):
             if self.protocol.labels == "soft" or self.protocol.cutmix:
-                yield (
-                    images,
-                    torch.stack([share * self._probabilities(targets) for share, targets, _ in weighted]).sum(0),
-                )
+                mixed = [share * self._probabilities(targets) for share, targets, _ in weighted]
+                yield images, torch.stack(mixed).sum(0)
             else:
                 yield images, weighted[0][1]
 

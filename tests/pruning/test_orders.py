@@ -205,6 +205,13 @@ def test_an_order_within_classes_does_not_rank_all_samples_together(order):
         validate({"select": {"order": order, "scope": "global"}})
 
 
+def test_a_window_at_the_end_of_a_small_class_holds_its_hardest_sample():
+    """0.9 of three ranks is rounded to 3, where the class ends."""
+    table = scores_of([3, 40])
+    hardest = {rows[-1]["sample_id"] for rows in by_class(table).values() if len(rows) == 3}
+    assert hardest <= set(kept(choose(table, order="window", window=[0.9, 1.0], keep=0.01)))
+
+
 @pytest.mark.parametrize("window", [[0.5, 0.5], [0.6, 0.2], [0.1], [0.1, 0.2, 0.3], [-0.1, 0.5], [0.5, 1.1]])
 def test_a_window_is_two_ascending_shares(window):
     with pytest.raises(UserError, match=r"select\.window.*give two shares of the ranks"):

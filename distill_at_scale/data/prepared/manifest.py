@@ -126,6 +126,8 @@ def _rows(
     path: Path, labels: Collection[int], columns: Sequence[str], others: bool = False
 ) -> Iterator[tuple[int, pa.Table]]:
     """Some columns of the samples of `kept_in_parts`, per class and row group."""
+    if not labels:
+        return
     file, wanted = _open(path), np.array(sorted(labels), np.int32)
     with parquet.reading(path, "select"):
         for group in range(file.num_row_groups):  # statistics in the footer name the labels, too, but may lie

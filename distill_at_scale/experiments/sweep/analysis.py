@@ -19,13 +19,13 @@ from distill_at_scale.core.statistics import mean_and_std, welch_interval
 from distill_at_scale.experiments.sweep.table import FIXED
 
 KEEP = ("select.keep", "select.per_class")
-# keys without effect on a random selection
+OF_ORDER = {f"select.{key}" for keys in ORDER_KEYS.values() for key in keys}
 RANKING = (
     "select.criterion",
     "select.order",
     "select.scope",
-    *(f"select.{k}" for ks in ORDER_KEYS.values() for k in ks),
-)
+    *sorted(OF_ORDER),
+)  # without effect on a random selection
 SELECTING = ("select.", "runtime.")  # keys without effect on an unpruned run
 
 Row = Mapping[str, Any]

@@ -102,11 +102,9 @@ class Planner:
         notes = ["the criterion monte_carlo is not included"] if MONTE_CARLO in score.criteria else []
         if not criteria:
             return self._stage("score", [("write", facts.train, Rate.fixed(SELECT_EACH))], 0.0, notes)
-        spec, samples = (
-            proxy.network_spec(score, facts.shape, facts.classes, facts.kind),
-            int(facts.train * score.share),
-        )
-
+        spec = proxy.network_spec(score, facts.shape, facts.classes, facts.kind)
+        samples, passing = int(facts.train * score.share), self.layout.actors()
+        (trials, count), on_gpu = score.checkpoint_counts, self.layout.device.type == "cuda"
         # epochs of the dry run, with one checkpoint each: as few as the criteria accept
         least = max({"forgetting": 2, "cad": score.cad_windows + 2}.get(name, 1) for name in criteria)
 
@@ -114,11 +112,6 @@ class Planner:
             keys = {"compile": "always" if mode.compiled else "never", "criterion": list(criteria), "cad_length": None}
             return self.measured.stage("score", spread, {"epochs": least}, checkpoints_per_epoch=1, **keys)
 
-        (trials, count), passing, on_gpu = (
-            score.checkpoint_counts,
-            self.layout.actors(),
-            self.layout.device.type == "cuda",
-        )
         if score.weights is None:
             together = score.workers > 1 and not self.layout.local
             spread = self.layout.group(score.workers, score.workers) if together else self.layout.tasks(trials)

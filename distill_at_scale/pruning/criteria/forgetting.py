@@ -24,7 +24,7 @@ class Forgetting(MeanOfTrials):
                 "use another criterion"
             )
         if section.checkpoint_counts[1] < 2:
-            raise UserError("score.criterion = 'forgetting' needs more than one epoch; raise score.epochs")
+            raise UserError("score.criterion = 'forgetting' needs two checkpoints or more; raise score.epochs")
         return cls()
 
     def observe(self, outputs: ProxyOutputs) -> Tensor:

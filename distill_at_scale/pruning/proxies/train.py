@@ -33,8 +33,6 @@ from distill_at_scale.pruning.proxies.dataloader import Batch, ProxyDataLoader
 
 # of the section score: what only the training of proxies reads
 KEYS = ("trials", "epochs", "checkpoints_per_epoch", "share", "shards", "batch", "lr", "momentum", "weight_decay")
-
-
 NO_LABEL = -100  # of padding
 
 

@@ -16,7 +16,6 @@ from distill_at_scale.core import rng
 from distill_at_scale.core.errors import UserError
 
 Array = np.ndarray[Any, Any]
-DRAWN = ("coverage", "clusters", "easy_random", "window")
 CLUSTERS = "clusters"  # the order, and the criterion with the numbers of the clusters
 
 
@@ -47,6 +46,7 @@ def reorder(config: SelectSection, seed: int, label: int, ranks: Array, values: 
     ordered[ranks] = np.arange(count, dtype=np.int32)
     shares = config.window if config.order == "window" else [0.0, config.easiest]
     start, end = (int(np.floor(share * count + 0.5)) for share in shares)
+    start = min(start, count - 1)  # a small class gives one sample at least
     chosen = ordered[start : max(end, start + 1)]
     if config.order != CLUSTERS:
         chosen = chosen[rng.numpy_generator(seed, "selection order", label).permutation(len(chosen))]

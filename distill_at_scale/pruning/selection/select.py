@@ -1,8 +1,8 @@
 """Level 1, static pruning: scores -> manifest of kept samples (arXiv 2305.18381, section 3).
 
 Samples are ranked within each class or over all classes, ties by sample id, and the first are kept. `orders.py` has the orders
-that do not follow the ranking alone. Rows stream through:
-memory holds the numbers of the largest class and, for the global scope, a 32-bit key per sample.
+that do not follow the ranking alone. Rows stream through: memory holds the numbers of the largest class and, for the global
+scope, a 32-bit key per sample.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from distill_at_scale.config.sections import ORDER_KEYS, SelectSection
+from distill_at_scale.config.sections import DRAWN, ORDER_KEYS, SelectSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.prefetch import prefetch
 from distill_at_scale.data.prepared.manifest import HELD_OUT
@@ -109,7 +109,7 @@ def _rank_and_cut(
             raise UserError(f"the score {ranking.name} of sample {sample!r} is not finite; run `score` again")
         keys = ranking.keys(values)
         ranks = ranks_of(keys)
-        if config.order in orders.DRAWN:
+        if config.order in DRAWN:
             numbers = rows[orders.CLUSTERS].to_numpy() if clusters else None
             ranks = orders.reorder(config, ranking.seed, label, ranks, values, numbers)
         kept, raised = cut(label, keys, ranks)

@@ -144,7 +144,7 @@ def test_a_killed_stage_resumes_on_another_machine(remote_run, s3, bucket, local
     assert len([name for name in left if "/pieces/" in name]) == 1
     assert len([name for name in left if "/proxies/" in name]) == 4
     other = remote_run("b")
-    monkeypatch.setattr(proxy.ProxyTrial, "_epoch", None)  # all are there
+    monkeypatch.setattr(proxy.ProxyTrial, "_batch_gradient", None)  # all are there
     other.stages("ingest", "score")
     stored = stored_objects(s3, bucket)
     assert artefact_digests(stored)["scores.parquet"] == local_digests["scores.parquet"]

@@ -24,11 +24,7 @@ from distill_at_scale.config.methods import DistillSection, EvaluateSection, Run
 from distill_at_scale.core.errors import UserError
 
 MAX_CHARACTERS = 2**20  # of a configuration file
-REMOVED = (
-    "tolerance",
-    "lowest",
-    "points",
-)  # keys of select.auto in run.json of earlier versions; no result depends on them
+REMOVED = {"tolerance", "lowest", "points"}  # keys of select.auto in run.json of earlier versions, without effect
 
 
 class Config(Section):
@@ -152,6 +148,10 @@ def load(
         if not str(source) or "\0" in str(source):
             raise UserError(
                 f"CONFIG is {str(source)!r}; give a YAML file, the name of a shipped configuration or a run folder"
+            )
+        if "://" in str(source):
+            raise UserError(
+                "CONFIG is an address, but must be on this machine; give a YAML file, or copy the run folder here"
             )
         path = shipped.file_of(source)
         values, file = _of_run(path) if path.is_dir() else _read_yaml(path), str(path)

@@ -46,4 +46,6 @@ class AutoSection(Section):
                 raise ValueError(
                     f"the candidate {candidate} sets {wrong[0]}, which does not belong to a selection; leave it out"
                 )
+            if not isinstance(candidate.get("criterion"), str | dict | None):
+                raise ValueError(f"the candidate {candidate} needs a criterion's name, or several names with weights")
         return value

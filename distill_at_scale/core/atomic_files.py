@@ -57,6 +57,19 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=False, default=str) + "\n", encoding="utf-8")
 
 
+def resume_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log with one JSON object per line. A line that an interruption cut short is removed from the file."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    with publish(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return rows
+
+
 def resolve_parent(path: Path) -> Path:
     """An absolute path that is valid on all nodes: links above it are resolved, since they may exist on this node only.
     A link at the path itself is kept: run folders link to shared ones.

@@ -129,7 +129,6 @@ def _round(
     ones, `candidates` the ones that are left, the best first.
     """
     section, began = config.select.auto, time.perf_counter()
-
     epochs = distill.method_class(config).protocol(config).overridden(config.evaluate).epochs
 
     def points_of(candidate: Candidate, now: Round) -> list[Point]:
@@ -177,9 +176,9 @@ def choose(rounds: Sequence[RoundResult], classes: int) -> tuple[Tried, str]:
     """The cheapest of the last round whose mean is within one standard error of the best, and why; sets the decisions.
 
     The standard error is that of a difference of two means, with the deviation of all candidates of the round pooled.
-    Everything takes part, so nothing is chosen that is clearly below it. Left out is what was below random selection of the
-    same size by more than a deviation, in the last round in which both took part. Where everything is near chance, the search
-    says nothing, and everything is kept.
+    Everything counts as a candidate, so nothing is chosen that is clearly below it. A candidate is left out if it was below
+    random selection of the same size by more than a deviation, in the last round in which both took part. Everything is kept
+    if it is near chance itself: then the search says nothing.
     """
     from scipy.stats import t  # takes a second to import
 
@@ -202,8 +201,10 @@ def choose(rounds: Sequence[RoundResult], classes: int) -> tuple[Tried, str]:
     good = [one for one in allowed if one.mean >= best - error - 1e-12]
     chosen = min(good, key=lambda one: (one.kept, -one.mean))
     chosen.decision = "chosen"
+    if allowed == [everything]:
+        return chosen, "every candidate was below random selection of the same size, or keeps as many samples"
     if chosen is everything:
-        top = max(others, key=lambda one: one.mean)
+        top = max(allowed[1:], key=lambda one: one.mean)
         gap = f"{100 * (top.mean - everything.mean):+.1f} ± {100 * half:.1f} points"
         return chosen, f"no candidate reaches its {everything.mean:.1%}; the best, {top.name}, differs by {gap}"
     return chosen, (

@@ -145,6 +145,18 @@ def test_what_was_below_random_of_the_same_size_is_not_chosen():
     rounds = [RoundResult(3, 1, 1.0, 0.0, 0.0, first), RoundResult(9, 2, 1.0, 0.0, 0.0, last)]
     assert auto_select.choose(rounds, 10)[0].name == "c"
     assert last[1].decision == "below random"
+    chosen, reason = auto_select.choose([rounds[0], RoundResult(9, 2, 1.0, 0.0, 0.0, last[:2])], 10)
+    assert chosen is last[0]
+    assert reason.startswith("every candidate was below random selection")
+
+
+def test_repetitions_without_any_spread_are_compared_by_their_means():
+    one = RoundResult(9, 2, 1.0, 0.0, 0.0, [tried("everything", 1.0, 0.5, 0.5), tried("small", 0.1, 0.5, 0.5)])
+    assert auto_select.choose([one], 10)[0].name == "small"
+    one.tried[1].accuracies = [0.49, 0.49]
+    chosen, reason = auto_select.choose([one], 10)
+    assert chosen.name == "everything"
+    assert "differs by -1.0 ± 0.0 points" in reason
 
 
 @pytest.mark.parametrize("minutes", [2.0, 8.0])
@@ -209,6 +221,8 @@ def test_a_damaged_file_is_named(finished):
         ({"per_class": 3}, "select.per_class is one"),
         ({"order": "stratum"}, "which do not fit select.order: stratum"),
         ({"auto": {"portfolio": [{"held_out": 0.1}]}}, "sets held_out, which does not belong to a selection"),
+        ({"auto": {"portfolio": [{"criterion": 5}]}}, "needs a criterion's name"),
+        ({"auto": {"portfolio": []}}, "at least 1"),
     ],
 )
 def test_keys_that_do_not_go_with_auto_are_refused(keys, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,11 +12,13 @@ import pytest
 import torch
 
 from distill_at_scale.config.experiments import CompareSection
-from distill_at_scale.config.load import with_overrides
+from distill_at_scale.config.load import load, with_overrides
 from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.progress import Display
+from distill_at_scale.data.prepared import manifest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
+from distill_at_scale.data.prepared.normalization import normalization_of
 from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.evaluate import random_real
 from distill_at_scale.distillation.soft_labels import Teacher
@@ -168,7 +171,7 @@ def test_soft_labels_are_learned_ones_or_the_teachers(two_runs, tmp_path):
         two_runs[0], {"compare.dir": str(tmp_path), "compare.labels": ["soft"], "compare.teacher": TEACHER}
     )
     plan = compare.make_plan(open_runs([first, two_runs[1]]), Display.silent())
-    folder = compare._teacher_folder(plan)
+    folder = plan.networks
     worker = compare.Compare(
         plan.config, {"prepared": plan.runs[0].dir / "prepared", "networks": folder}, torch.device("cpu"), None
     )
@@ -225,7 +228,27 @@ def test_every_set_of_a_kind_of_labels_has_one_recipe(two_runs):
     ]
 
 
+def test_other_labels_of_views_are_other_networks(two_runs, tmp_path):
+    def keys(**teacher):
+        values = {"labels": ["hard", "views"], "epochs": 4, "baselines": ["random"], "teacher": TEACHER | teacher}
+        first = with_overrides(
+            two_runs[0], {f"compare.{k}": v for k, v in values.items()} | {"compare.dir": str(tmp_path)}
+        )
+        units = compare._units(compare.make_plan(open_runs([first]), Display.silent()))
+        return {key for key, unit in units.items() if unit.work[0].labels == "views"}, set(units)
+
+    (views, every), (fewer, others), (top, _) = (
+        keys(label_epochs=4),
+        keys(label_epochs=2),
+        keys(label_epochs=4, top_k=2),
+    )
+    assert views.isdisjoint(fewer | top)
+    assert every - views == others - fewer
+    assert keys(label_epochs=9)[0] == views, "more labelled epochs than the training has change nothing"
+
+
 def test_runs_that_cannot_be_compared_are_refused_before_anything_is_trained(two_runs, make_run, tmp_path):
+    relative = os.path.relpath(two_runs[0].run.dir)
     unfinished = make_run(tmp_path / "unfinished").stages("ingest", "score").config
     classes = make_run(tmp_path / "classes", data__classes=["0", "1"]).stages(*STAGES).config
     untested = make_run(tmp_path / "untested", data__holdout=None).stages(*STAGES).config
@@ -235,6 +258,11 @@ def test_runs_that_cannot_be_compared_are_refused_before_anything_is_trained(two
         ([two_runs[0], classes], "different classes: 3 (0, 1, 2, ...) and 2"),
         ([two_runs[0], shares], "different test samples"),
         ([two_runs[0], two_runs[0]], "named twice"),
+        ([two_runs[0], with_overrides(two_runs[0], {"run.dir": relative})], "named twice"),
+        (
+            [with_overrides(two_runs[0], {"compare.dir": "s3://bucket/compare"})],
+            "compare.dir = s3://bucket/compare is in an",
+        ),
         ([untested], "no test split"),
         ([with_overrides(two_runs[0], {"compare.networks": ["nonet"]})], "compare.networks"),
         ([with_overrides(two_runs[0], {"compare.external": {"x": str(tmp_path / "none")}})], "compare.external: x = "),
@@ -242,6 +270,8 @@ def test_runs_that_cannot_be_compared_are_refused_before_anything_is_trained(two
         with pytest.raises(UserError) as error:
             compare.run(configs, Display.silent(), no_executor)
         assert problem in str(error.value)
+    with pytest.raises(UserError, match="CONFIG is an address, but must be on this machine"):
+        load("s3://bucket/run")
 
 
 def test_the_report_of_a_run_shows_its_comparison(two_runs, make_run, tmp_path):
@@ -263,6 +293,16 @@ def test_tiles_are_those_of_the_method_pca(two_runs, make_run, tmp_path):
     plan = compare.make_plan(open_runs([first, run.config]), Display.silent())
     by = {entry.title: entry for entry in plan.entries}
     assert set(by) == {"dm", "pca", "pca, 1 per class", "whole training split"}
+    held = make_run(tmp_path / "held", run__reuse=two_runs[0].run.dir, score__criterion=CRITERIA, select__held_out=0.3)
+    held.stages(*STAGES)
+    rank = manifest.read(held.dir / "manifest.parquet", ["rank"])[0]["rank"].to_numpy()[: plan.runs[0].data.counts()[0]]
+    assert rank.min() == manifest.HELD_OUT
+    data = open_runs([held.config])[0].data
+    plain = sets.tiles(held.dir / "manifest.parquet", data, normalization_of(data), 1, 1, None)
+    first_kept = data.take("train", 0, np.flatnonzero(rank == 0))
+    assert torch.equal(plain.images[:1], normalization_of(data).apply(torch.from_numpy(first_kept)))
+    with pytest.raises(UserError, match=r"class '0' has fewer than 10000 samples"):
+        sets.tiles(held.dir / "manifest.parquet", data, normalization_of(data), 1, 100, None)
     ours, theirs = (safetensors_io.load(by[name].file) for name in ("pca, 1 per class", "pca"))
     assert torch.equal(ours["images"], theirs["images"])
     crop = synthetic_set.load(run.dir).protocol.crop

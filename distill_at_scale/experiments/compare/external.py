@@ -56,9 +56,8 @@ def load(name: str, path: str, data: PreparedDataset, normalization: Normalizati
         raise refuse("it is neither a folder of class folders, a .pt file, a .parquet file nor a synthetic set")
     if tuple(result.images.shape[1:]) != data.shape:
         raise refuse(f"its samples have the shape {[*result.images.shape[1:]]}, those of the data {[*data.shape]}")
-    if empty := [
-        data.class_names[label] for label in range(len(data.class_names)) if not (result.labels == label).any()
-    ]:
+    present = set(result.labels.tolist())
+    if empty := [name for label, name in enumerate(data.class_names) if label not in present]:
         raise refuse(f"it has no sample of {len(empty)} classes, for example {empty[0]!r}; add them")
     return result
 
@@ -68,9 +67,8 @@ def _from_pt(path: Path, data: PreparedDataset, normalization: Normalization, re
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise refuse(
-            f"it cannot be read ({str(error).splitlines()[0]}); save a dict of tensors with torch.save"
-        ) from None
+        problem = str(error).partition("\n")[0]
+        raise refuse(f"it cannot be read ({problem}); save a dict of tensors with torch.save") from None
     images, labels = (content.get(key) if isinstance(content, Mapping) else None for key in ("images", "labels"))
     if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
         raise refuse("it must hold a dict with the tensors images [n, *shape] and labels [n]")

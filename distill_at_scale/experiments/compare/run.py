@@ -6,8 +6,8 @@ only the networks that are missing, also after runs, baselines or networks were 
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,11 +19,10 @@ import pyarrow.parquet as pq
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.core import safetensors_io
-from distill_at_scale.core.atomic_files import file_digest, publish, write_json
+from distill_at_scale.core.atomic_files import file_digest, publish, resume_log, write_json
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.hashing import digest
 from distill_at_scale.core.progress import Display
-from distill_at_scale.data.prepared import manifest
 from distill_at_scale.data.prepared.normalization import normalization_of
 from distill_at_scale.distillation import engine
 from distill_at_scale.distillation.augment import Augmentation
@@ -34,7 +33,7 @@ from distill_at_scale.distillation.soft_labels import TEACHER
 from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.experiments.compare import external, results, sets
 from distill_at_scale.experiments.compare.runs import FinishedRun, open_runs
-from distill_at_scale.experiments.compare.sets import Entry, SetTensors
+from distill_at_scale.experiments.compare.sets import Entry
 from distill_at_scale.experiments.compare.units import FULL, RANDOM, Compare, Job, recipe, teacher_config
 from distill_at_scale.models import precision
 from distill_at_scale.models.spec import builder
@@ -43,8 +42,8 @@ from distill_at_scale.pipeline.executors import tasks
 from distill_at_scale.pipeline.executors.base import Executor, Task, Unit
 from distill_at_scale.pipeline.report import comparison
 from distill_at_scale.pipeline.stages import controls
-from distill_at_scale.pruning.selection.ranking import RANDOM as RANDOM_SELECTION
 from distill_at_scale.storage.filesystem import last_name
+from distill_at_scale.storage.object_store import is_remote
 from distill_at_scale.storage.stage_record import StageInputs
 
 LOG, FACTS = "networks.jsonl", "compare.json"
@@ -61,10 +60,16 @@ class Plan:
     entries: Sequence[Entry]
     protocols: Mapping[tuple[str, bool], TrainingProtocol]  # by labels and augmentation
     left_out: Sequence[str]
+    teacher: StageInputs | None  # what decides its weights; None if all labels are hard
 
     @property
     def epochs(self) -> int:
         return next(iter(self.protocols.values())).epochs
+
+    @property
+    def networks(self) -> Path:
+        """The folder of the teacher."""
+        return self.folder / "networks" / (self.teacher.fingerprint[:16] if self.teacher else "")
 
 
 def run(configs: Sequence[Config], display: Display, connect: Callable[[], Executor]) -> Path:
@@ -74,186 +79,150 @@ def run(configs: Sequence[Config], display: Display, connect: Callable[[], Execu
     for wrong names.
     """
     runs = open_runs(configs)
-    first = runs[0]
-    with first.dir.lock():
+    with runs[0].dir.lock():
         plan = make_plan(runs, display)
-        units = _units(plan)
-        log = plan.folder / LOG
-        rows = {row["key"]: row for row in _rows(log) if row["key"] in units}
+        units, log = _units(plan), plan.folder / LOG
+        rows = {row["key"]: row for row in resume_log(log)}
         missing = {key: unit for key, unit in units.items() if key not in rows}
-        display.say(
-            f"compare: {len(units):,} networks on {len(plan.entries)} sets, {len(rows):,} of them trained before"
-        )
-        teacher = (
-            json.loads(path.read_text(encoding="utf-8")) if (path := _teacher_folder(plan) / FACTS).exists() else {}
-        )
+        known = f"{len(units) - len(missing):,} of them trained before"
+        display.say(f"compare: {len(units):,} networks on {len(plan.entries)} sets, {known}")
         if missing:
             executor = connect()
             try:
-                if any(labels != "hard" for labels, _ in plan.protocols):
-                    teacher = _train_teacher(plan, executor, display)
+                if plan.teacher:
+                    _train_teacher(plan, executor, display)
                 _train(plan, executor, display, missing, rows, log)
             finally:
                 executor.close()
-        return _finish(plan, [rows[key] for key in units], teacher, display)
+        return _finish(plan, [rows[key] for key in units], display)
 
 
 def make_plan(runs: Sequence[FinishedRun], display: Display) -> Plan:
     """Check everything, write the tensors of all sets, and decide the entries. Says which baselines are left out."""
-    first = runs[0]
-    config, data = precision.resolved(first.config), first.data
-    section, of_set = config.compare, first.synthetic.protocol
+    first, data, left_out = runs[0], runs[0].data, list[str]()
+    config, counts, normalization = _checked(first), data.counts("train"), normalization_of(data)
+    section = config.compare
+    augments = {"both": (True, False), "with": (True,), "without": (False,)}[section.augment]
+    protocols: dict[tuple[str, bool], TrainingProtocol] = {
+        (labels, augment): recipe(config, first.synthetic.protocol, labels, augment)
+        for labels in section.labels
+        for augment in (augments if data.kind != "tensors" else (False,))
+    }
+    if is_remote(section.dir or ""):
+        raise UserError(f"compare.dir = {section.dir} is in an object store; name a folder of this machine")
+    folder = Path(section.dir.removeprefix("file://")).expanduser() if section.dir else first.dir / "compare"
+    files = folder / "sets"
+    files.mkdir(parents=True, exist_ok=True)
+
+    entries = list[Entry]()  # sets: of the runs, from elsewhere, and tiles
+    for run in runs:
+        cost = run.selection_seconds() + run.seconds("distill")
+        entries.append(sets.tensors_of(run.synthetic, normalization).entry(run.name, "distilled", cost, files))
+    for name, path in section.external.items():
+        if name in [run.name for run in runs]:
+            raise UserError(f"compare.external: a run has the name {name!r}, too; give the set another name")
+        entries.append(external.load(name, path, data, normalization).entry(name, "external", None, files))
+    compared = list(entries)
+    if PCA.section_name in section.baselines:
+        try:
+            crop, factor = PCA.protocol(config).crop, config.distill.pca.factor
+            for ipc in sorted({max(1, one.stored // len(counts)) for one in compared}):
+                tiled = sets.tiles(first.dir / "manifest.parquet", data, normalization, ipc, factor, crop)
+                entries.append(tiled.entry(f"pca, {ipc} per class", "tiles", first.selection_seconds(), files))
+        except UserError as error:
+            left_out.append(f"pca: {error}")
+
+    # real samples, at random or in an order
+    wanted = [name for name in section.baselines if name not in (RANDOM, PCA.section_name)]
+    orders, missing = sets.orders(first.dir / "scores.parquet", wanted, counts)
+    drawn: dict[str, Path | None] = {RANDOM: None} if RANDOM in section.baselines else {}
+    for name, order in orders.items():
+        drawn[name] = file = files / f"order-{name}.safetensors"
+        safetensors_io.save(file, order)
+    teacher = _teacher_inputs(config, first) if any(labels != "hard" for labels in section.labels) else None
+    plan = Plan(config, runs, folder, entries, protocols, [*missing, *left_out], teacher)
+    entries += sets.baselines(compared, drawn, data, section, plan.epochs, first.seconds("score"))
+    if section.full_seeds:
+        entries.append(Entry(FULL, "full", data.stored_bytes, sum(counts), sum(counts), cost=0.0))
+    for line in plan.left_out:
+        display.say(f"  left out: {line}")
+    return plan
+
+
+def _checked(first: FinishedRun) -> Config:
+    """The configuration of the first run with its precisions resolved and the networks of the comparison.
+
+    Raises UserError for names and keys that do not fit the data.
+    """
+    config = precision.resolved(first.config)
+    section = config.compare
     for key, names in (("networks", section.networks), ("teacher.teacher_network", [section.teacher.teacher_network])):
         for name in names:
             builder(f"compare.{key}", name)
-    changes = {
-        "networks": section.networks or config.evaluate.networks,
-        "seeds": section.seeds or config.evaluate.seeds,
-    }
-    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update=changes)})
+    Augmentation(section.teacher.teacher_augment)  # raises UserError for an unknown family
+    if "soft" in section.labels and first.data.kind == "tensors":
+        raise UserError("compare.labels: soft needs a teacher of images or clips, and the data are arrays; use hard")
+    networks, seeds = section.networks or config.evaluate.networks, section.seeds or config.evaluate.seeds
+    evaluate = config.evaluate.model_copy(update={"networks": networks, "seeds": seeds})
+    config = config.model_copy(update={"evaluate": evaluate})
     try:
-        validate.check_networks(config, data)
+        validate.check_networks(config, first.data)
     except UserError as error:
         raise UserError(str(error).replace("evaluate.networks", "compare.networks or evaluate.networks")) from None
-    wanted = {"both": (True, False), "with": (True,), "without": (False,)}[section.augment]
-    wanted = (False,) if data.kind == "tensors" else wanted
-    protocols: dict[tuple[str, bool], TrainingProtocol] = {
-        (labels, augment): recipe(config, of_set, labels, augment) for labels in section.labels for augment in wanted
-    }
-    Augmentation(section.teacher.teacher_augment)  # raises UserError for an unknown family
-    if "soft" in section.labels and data.kind == "tensors":
-        raise UserError("compare.labels: soft needs a teacher of images or clips, and the data are arrays; use hard")
-    normalization = normalization_of(data)
-    folder = Path(section.dir).expanduser() if section.dir else first.dir / "compare"
-    (folder / "sets").mkdir(parents=True, exist_ok=True)
-    epochs, entries, taken = next(iter(protocols.values())).epochs, list[Entry](), {run.name for run in runs}
-    tensors: list[tuple[str, Any, SetTensors, float | None]] = [
-        (run.name, "distilled", sets.tensors_of(run.synthetic, normalization), _cost(run)) for run in runs
-    ]
-    crops = {run.name: run.synthetic.protocol.crop for run in runs}
-    for name, path in section.external.items():
-        if name in taken:
-            raise UserError(f"compare.external: a run has the name {name!r}, too; give the set another name")
-        tensors.append((name, "external", external.load(name, path, data, normalization), None))
-    ordered = [name for name in section.baselines if name not in (RANDOM, PCA.section_name)]
-    orders, left_out = sets.orders(first.dir / "scores.parquet", ordered, data.counts("train"))
-    if PCA.section_name in section.baselines:
-        ipcs, factor = (
-            {max(1, one.stored // len(data.class_names)) for _, _, one, _ in tensors},
-            config.distill.pca.factor,
-        )
-        try:
-            crop = PCA.protocol(config).crop
-            for ipc in sorted(ipcs):
-                name, where = f"pca, {ipc} per class", first.dir / "manifest.parquet"
-                tiled = sets.tiles(where, data, normalization, ipc, factor)
-                tensors.append((name, "tiles", tiled, first.seconds("score", "select")))
-                crops[name] = crop
-        except UserError as error:
-            left_out.append(f"pca: {error}")
-    for name, kind, one, cost in tensors:
-        file = folder / "sets" / f"{digest(name)[:16]}.safetensors"
-        one.save(file)
-        size = math.prod(data.shape) * one.value_bytes
-        soft = one.soft is not None
-        made = Entry(
-            name, kind, size, one.stored, len(one.labels), cost=cost, file=file, own_soft=soft, crop=crops.get(name)
-        )
-        entries.append(made)
-    files: dict[str, Path | None] = {RANDOM: None} if RANDOM in section.baselines else {}
-    for name, order in orders.items():
-        files[name] = file = folder / "sets" / f"order-{name}.safetensors"
-        safetensors_io.save(file, order)
-    compared = [entry for entry in entries if entry.kind != "tiles"]
-    entries += sets.baselines(compared, files, data, section, epochs, first.seconds("score"))
-    if section.full_seeds:
-        count = sum(data.counts("train"))
-        entries.append(Entry(FULL, "full", data.stored_bytes, count, count, cost=0.0))
-    for line in left_out:
-        display.say(f"  left out: {line}")
-    return Plan(config, runs, folder, entries, protocols, left_out)
-
-
-def _cost(run: FinishedRun) -> float:
-    """Seconds of scoring, if the selection needs the scores, of selection and of distillation."""
-    facts = manifest.facts(run.dir / "manifest.parquet")
-    scored = facts.get("criterion") != RANDOM_SELECTION and facts.get("kept", 0) < facts.get("of", 1)
-    return run.seconds("select", "distill", *(("score",) if scored else ()))
+    return config
 
 
 def _units(plan: Plan) -> dict[str, Unit]:
     """All networks by the key of what decides each; entries of the same samples share them."""
-    config, first = plan.config, plan.runs[0]
-    sizes = {name: getattr(config.distill, name) for name in ("width", "depth")}
+    config, first, units = plan.config, plan.runs[0], dict[str, Unit]()
     shared = {
-        **sizes,
-        "seed": config.run.seed,
-        "precision": config.evaluate.precision,
-        "data": first.dir.content("ingest"),
-    }
-    contents = {entry.file: file_digest(entry.file) for entry in plan.entries if entry.file}
-    teacher, units = _teacher_inputs(plan).fingerprint if config.compare.labels != ["hard"] else "", dict[str, Unit]()
+        "width": config.distill.width, "depth": config.distill.depth, "seed": config.run.seed, "version": VERSION,
+        "precision": config.evaluate.precision, "data": first.dir.content("ingest"),
+    }  # fmt: skip
+    of_teacher, teacher = config.compare.teacher, plan.teacher.fingerprint if plan.teacher else ""
     for entry in plan.entries:
+        content = file_digest(entry.file) if entry.file else None
         for (labels, augment), protocol in plan.protocols.items():
-            seeds = config.evaluate.seeds
+            seeds, decides = config.evaluate.seeds, dict[str, Any](file=content)
             if entry.kind == "full":  # with hard labels, and with augmentation where that is compared
                 if labels != "hard" or augment != max(other for _, other in plan.protocols):
                     continue
                 protocol, seeds = replace(protocol, epochs=config.evaluate.bound_epochs), config.compare.full_seeds
             if entry.crop is not None and augment and labels != "views":
                 protocol = replace(protocol, crop=entry.crop)
-            for network in config.evaluate.networks:
-                for seed in range(seeds):
-                    job = Job(entry.name, entry.per_class.get(labels, 0), labels, augment, network, seed)
-                    of_teacher = teacher if labels == "views" or (labels == "soft" and not entry.own_soft) else ""
-                    decides = {
-                        "job": asdict(job),
-                        "protocol": asdict(protocol),
-                        "file": contents[entry.file] if entry.file else None,
-                    }
-                    key = digest({**shared, **decides, "teacher": of_teacher, "version": VERSION})
-                    units[key] = Unit((job, protocol), inputs=(entry.file,) if entry.file else ())
+            labelled = [of_teacher.top_k, min(of_teacher.label_epochs, protocol.epochs)]
+            if labels == "views" and labelled != [None, protocol.epochs]:  # of every epoch and class
+                decides["views"] = labelled
+            decides |= {"protocol": asdict(protocol), "teacher": teacher if entry.needs_teacher(labels) else ""}
+            for network, seed in itertools.product(config.evaluate.networks, range(seeds)):
+                job = Job(entry.name, entry.per_class.get(labels, 0), labels, augment, network, seed)
+                key = digest({**shared, **decides, "job": asdict(job)})
+                units[key] = Unit((job, protocol), inputs=(entry.file,) if entry.file else ())
     return units
 
 
-def _rows(log: Path) -> list[dict[str, Any]]:
-    """The rows of finished networks; a line that an interruption cut short is left out."""
-    rows = []
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
-def _teacher_inputs(plan: Plan) -> StageInputs:
+def _teacher_inputs(config: Config, first: FinishedRun) -> StageInputs:
     """What decides the teacher's weights."""
-    config, first = teacher_config(plan.config), plan.runs[0]
+    config = teacher_config(config)
     options = engine.method_class(config).network_options(config)
     values = {**options, "distill.seed": config.distill_seed, "distill.precision": config.distill.precision}
-    return StageInputs(values, {"ingest": first.dir.content("ingest")})
+    stages = ("ingest", "select") if config.select.held_out else ("ingest",)  # it is not trained on what is held out
+    return StageInputs(values, {stage: first.dir.content(stage) for stage in stages})
 
 
-def _teacher_folder(plan: Plan) -> Path:
-    return plan.folder / "networks" / _teacher_inputs(plan).fingerprint[:16]
-
-
-def _train_teacher(plan: Plan, executor: Executor, display: Display) -> dict[str, Any]:
+def _train_teacher(plan: Plan, executor: Executor, display: Display) -> None:
     """Train the teacher on the whole training split, or resume; its seconds are kept beside it."""
-    config, first, folder = teacher_config(plan.config), plan.runs[0], _teacher_folder(plan)
-    folder.mkdir(parents=True, exist_ok=True)
+    config, first, folder = teacher_config(plan.config), plan.runs[0], plan.networks
     if (folder / FACTS).exists():
-        return dict(json.loads((folder / FACTS).read_text(encoding="utf-8")))
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     every, began = folder / "manifest.parquet", time.perf_counter()
     kept = controls.write_manifest(first.dir / "manifest.parquet", every, first.data, UNPRUNED, 0)["kept"]
     paths = DistillPaths(first.dir / "prepared", every, folder, folder / "unused.jsonl", folder)
     samples = engine.method_class(config).network_epochs(config) * kept
     with display.meter("teacher", samples or 1, "samples" if samples else "networks") as meter:
         tasks.make_networks(executor, config, paths, [TEACHER], samples, meter.advance)
-    facts = {"seconds": round(time.perf_counter() - began, 3)}
-    write_json(folder / FACTS, facts)
-    return facts
+    write_json(folder / FACTS, {"seconds": round(time.perf_counter() - began, 3)})
 
 
 def _train(
@@ -261,8 +230,7 @@ def _train(
 ) -> None:
     """Train and test the missing networks; each row is logged when it is there."""
     keys = {unit.work[0]: key for key, unit in missing.items()}
-    log.write_text("".join(json.dumps(row) + "\n" for row in _rows(log)), encoding="utf-8")  # without a line cut short
-    paths = {"prepared": plan.runs[0].dir / "prepared", "networks": _teacher_folder(plan)}
+    paths = {"prepared": plan.runs[0].dir / "prepared", "networks": plan.networks}
     with display.meter("compare", len(missing), "networks") as meter:
 
         def done(row: dict[str, Any]) -> None:
@@ -277,11 +245,14 @@ def _train(
         executor.run(Task(Compare, plan.config, paths, units, total=len(_units(plan))), done)
 
 
-def _finish(plan: Plan, rows: Sequence[dict[str, Any]], teacher: dict[str, Any], display: Display) -> Path:
+def _finish(plan: Plan, rows: Sequence[dict[str, Any]], display: Display) -> Path:
     """Write the table, the facts and the page; print the leaderboard."""
     config, data, groups = plan.config, plan.runs[0].data, results.group(rows)
-    counts, seconds = data.counts("train"), float(teacher.get("seconds", 0.0))
-    lines = results.table(plan.entries, groups, counts, config.compare, plan.epochs, seconds)
+    counts, teacher = data.counts("train"), dict[str, Any]()
+    if plan.teacher and (plan.networks / FACTS).exists():
+        teacher = json.loads((plan.networks / FACTS).read_text(encoding="utf-8"))
+        teacher["network"] = config.compare.teacher.teacher_network
+    lines = results.table(plan.entries, groups, counts, config.compare, plan.epochs, teacher.get("seconds", 0.0))
     with publish(plan.folder / "compare.parquet") as temporary:
         pq.write_table(pa.Table.from_pylist(lines, results.SCHEMA), temporary)
     scores = results.robust_scores(plan.entries, groups, len(counts), config.evaluate.networks)
@@ -292,15 +263,13 @@ def _finish(plan: Plan, rows: Sequence[dict[str, Any]], teacher: dict[str, Any],
     }
     facts = {
         "data": last_name(config.data.path or "") or config.data.source,
-        "runs": [
-            {"name": one.name, "folder": one.dir.named, "method": one.synthetic.card["method"]} for one in plan.runs
-        ],
+        "runs": [{"name": r.name, "folder": r.dir.named, "method": r.synthetic.card["method"]} for r in plan.runs],
         "networks": config.evaluate.networks,
         "recipes": [
             {**asdict(one), "labels": labels, "augmented": augment} for (labels, augment), one in plan.protocols.items()
         ],
         "bound_epochs": config.evaluate.bound_epochs,
-        "teacher": {**teacher, "network": config.compare.teacher.teacher_network} if teacher else None,
+        "teacher": teacher or None,
         "tested": sum(data.counts("test")),
         "rows": lines,
         "scores": scores,

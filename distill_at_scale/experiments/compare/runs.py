@@ -8,12 +8,15 @@ from typing import Any
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import UserError
+from distill_at_scale.data.prepared import manifest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.evaluate import require_test_split
 from distill_at_scale.distillation.synthetic_set import SyntheticSet
+from distill_at_scale.experiments import auto_select
+from distill_at_scale.pruning.selection.ranking import RANDOM
 from distill_at_scale.storage.filesystem import last_name
-from distill_at_scale.storage.run_dir import RunDir
+from distill_at_scale.storage.run_dir import RunDir, address_of
 
 NEEDED = ("ingest", "score", "select", "distill")  # stages of a run that can be compared
 
@@ -33,20 +36,30 @@ class FinishedRun:
         records: list[dict[str, Any]] = [self.dir.record(stage) or {} for stage in stages]
         return sum(float(record.get("seconds", 0.0)) for record in records)
 
+    def selection_seconds(self) -> float:
+        """The time of its selection, of the search for it (select: auto), and of scoring, if one of them needs scores."""
+        facts, search = manifest.facts(self.dir / "manifest.parquet"), 0.0
+        if searched := facts.get("asked", {}).get("keep") == "auto":
+            search = float((auto_select.read(self.dir) or {}).get("seconds", 0.0))
+        scored = searched or (facts.get("criterion") != RANDOM and facts.get("kept", 0) < facts.get("of", 1))
+        return search + self.seconds("select", *(("score",) if scored else ()))
+
 
 def open_runs(configs: Sequence[Config]) -> list[FinishedRun]:
     """The runs of configurations; nothing is computed.
 
     Raises UserError for a run that is not finished, is named twice, has no test split, or has other data than the first one.
     """
-    folders = [RunDir.of(config.run) for config in configs]
+    folders, addresses = [RunDir.of(config.run) for config in configs], [address_of(config.run) for config in configs]
     names = [last_name(folder.named) for folder in folders]
     runs: list[FinishedRun] = []
-    for config, folder, name in zip(configs, folders, names, strict=True):
+    for config, folder, name, address in zip(configs, folders, names, addresses, strict=True):
         if folder.remote:
             raise UserError(
                 f"{folder.named} is in an object store; copy the run folder to this machine and name the copy"
             )
+        if addresses.count(address) > 1:
+            raise UserError(f"{folder.named} is named twice; name each run once")
         for stage in NEEDED:
             if folder.record(stage) is None:
                 raise UserError(
@@ -55,8 +68,6 @@ def open_runs(configs: Sequence[Config]) -> list[FinishedRun]:
                 )
             folder.content(stage)
         name = folder.named if names.count(name) > 1 else name
-        if name in [run.name for run in runs]:
-            raise UserError(f"{folder.named} is named twice; name each run once")
         data, synthetic = PreparedDataset(folder / "prepared"), synthetic_set.load(folder.path)
         runs.append(FinishedRun(name, config, folder, data, synthetic))
     require_test_split(runs[0].data)

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from distill_at_scale.config.experiments import CompareSection
 from distill_at_scale.core import safetensors_io
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.core.hashing import digest
 from distill_at_scale.data.prepared import manifest
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import Normalization
@@ -35,7 +37,8 @@ COLUMNS = {"herding": ("herding",), "k_center": ("k_center",), "easiest": EASIES
 class SetTensors:
     """Images float32 [n, *shape] in the first run's normalisation, labels int64 [n], and learned soft labels.
 
-    `stored` images hold the n training images (IDC stores several in one); a stored value takes `value_bytes` on disk.
+    `stored` images hold the n training images (IDC stores several in one); a stored value takes `value_bytes` on disk. `crop`
+    is that of the set's own training (pca).
     """
 
     images: Tensor
@@ -43,10 +46,19 @@ class SetTensors:
     stored: int
     value_bytes: int
     soft: Tensor | None = None
+    crop: tuple[float, float] | None = None
 
-    def save(self, path: Path) -> None:
-        soft = {} if self.soft is None else {"soft_labels": self.soft}
-        safetensors_io.save(path, {"images": self.images, "labels": self.labels, **soft})
+    def entry(
+        self, name: str, kind: Literal["distilled", "external", "tiles"], cost: float | None, folder: Path
+    ) -> Entry:
+        """Write the tensors to a file in `folder`; returns the entry of the set."""
+        file, soft = (
+            folder / f"{digest(name)[:16]}.safetensors",
+            {} if self.soft is None else {"soft_labels": self.soft},
+        )
+        safetensors_io.save(file, {"images": self.images, "labels": self.labels, **soft})
+        size, training = self.images[0].numel() * self.value_bytes, len(self.labels)
+        return Entry(name, kind, size, self.stored, training, cost=cost, file=file, own_soft=bool(soft), crop=self.crop)
 
 
 def tensors_of(synthetic: SyntheticSet, normalization: Normalization) -> SetTensors:
@@ -56,23 +68,32 @@ def tensors_of(synthetic: SyntheticSet, normalization: Normalization) -> SetTens
     if own != normalization or own.whitening is not None or normalization.whitening is not None:
         images = normalization.apply(own.invert(images) * own.scale)
     soft = None if soft is None else soft / synthetic.protocol.temperature
-    return SetTensors(images, data.labels, len(synthetic), 4, soft)
+    return SetTensors(images, data.labels, len(synthetic), 4, soft, synthetic.protocol.crop)
 
 
-def tiles(run_manifest: Path, data: PreparedDataset, normalization: Normalization, ipc: int, factor: int) -> SetTensors:
-    """The set of the method pca: of each class the samples that a manifest keeps first, factor x factor of them per image.
+def tiles(
+    run_manifest: Path, data: PreparedDataset, normalization: Normalization, ipc: int, factor: int,
+    crop: tuple[float, float] | None,
+) -> SetTensors:  # fmt: skip
+    """The set of the method pca: of each class the samples that a manifest ranks first, factor x factor of them per image.
 
-    A class with too few samples gets fewer images.
+    A class with too few samples gets fewer images. Raises UserError for a class with too few for one image.
     """
-    ranks, starts = manifest.read(run_manifest, ["rank"])[0]["rank"].to_numpy(), np.cumsum([0, *data.counts("train")])
-    images, labels = [], []
-    for label, count in enumerate(data.counts("train")):
-        number = min(ipc, count // factor**2)
-        places = np.argsort(ranks[starts[label] : starts[label] + count], kind="stable")[: number * factor**2]
+    ranks, images, labels = manifest.read(run_manifest, ["rank"])[0]["rank"].to_numpy(), [], list[int]()
+    for label, own in enumerate(np.split(ranks, np.cumsum(data.counts("train"))[:-1])):
+        order = np.argsort(own, kind="stable")
+        order = order[own[order] != manifest.HELD_OUT]
+        number = min(ipc, len(order) // factor**2)
+        if not number:
+            name = data.class_names[label]
+            raise UserError(
+                f"the class {name!r} has fewer than {factor**2} samples for one image; lower distill.pca.factor"
+            )
+        places = order[: number * factor**2]
         pixels = torch.from_numpy(data.take("train", label, np.sort(places))[np.argsort(np.argsort(places))])
         images.append(assemble_parts(normalization.apply(pixels), factor))
         labels += [label] * number
-    return SetTensors(torch.cat(images), torch.tensor(labels), len(labels), 4)
+    return SetTensors(torch.cat(images), torch.tensor(labels), len(labels), 4, crop=crop)
 
 
 def label_bytes(labels: str, classes: int, section: CompareSection, epochs: int) -> int:
@@ -115,6 +136,10 @@ class Entry:
     def title(self) -> str:
         return f"{self.name}, {self.budget}" if self.budget else self.name
 
+    def needs_teacher(self, labels: str) -> bool:
+        """Whether these labels are the teacher's."""
+        return labels == "views" or (labels == "soft" and not self.own_soft)
+
     def images(self, labels: str, counts: Sequence[int]) -> tuple[int, int]:
         """Its stored images, and those that networks see, with these labels; `counts` are the training samples per class."""
         if self.kind != "baseline":
@@ -134,22 +159,17 @@ def baselines(sets: Sequence[Entry], names: Mapping[str, Path | None], data: Pre
 
     `names` are the baselines that can be drawn, with the files of their orders; `scoring` is the time of the scores in seconds.
     """
-    classes, most, budgets = (
-        len(data.class_names),
-        max(data.counts("train")),
-        dict[tuple[tuple[str, int], ...], list[str]](),
-    )
+    counts, budgets = data.counts("train"), dict[tuple[tuple[str, int], ...], list[str]]()
     for one in sets if "images" in section.budgets else ():
-        ipc = max(1, one.stored // classes)
+        ipc = max(1, one.stored // len(counts))
         budgets[tuple((labels, ipc) for labels in section.labels)] = [f"{ipc} per class"]
     for one in sets if "bytes" in section.budgets else ():
         fitting = []
         for labels in section.labels:
-            each = label_bytes(labels, classes, section, epochs)
-            room = one.bytes(labels, data.counts("train"), each) // (classes * (data.stored_bytes + each))
-            fitting.append((labels, max(1, min(most, room))))
-        same = budgets.setdefault(tuple(fitting), [])
-        same.append(f"bytes of {one.name}")
+            each = label_bytes(labels, len(counts), section, epochs)
+            room = one.bytes(labels, counts, each) // (len(counts) * (data.stored_bytes + each))
+            fitting.append((labels, max(1, min(max(counts), room))))
+        budgets.setdefault(tuple(fitting), []).append(f"bytes of {one.name}")
     return [
         Entry(name, "baseline", data.stored_bytes, budget="; ".join(texts), per_class=dict(budget),
               cost=scoring if file else 0.0, file=file)
@@ -160,24 +180,23 @@ def baselines(sets: Sequence[Entry], names: Mapping[str, Path | None], data: Pre
 def orders(
     run_scores: Path, wanted: Sequence[str], counts: Sequence[int]
 ) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """For each baseline that can be drawn, the positions within each class in its order; and a line for each other one.
+    """For each baseline that can be drawn, the positions within each class in its order; for each other one a line that says
+    what it needs.
 
     The order of herding, k_center and cad is that of their useful end; `easiest` takes the lowest losses.
     """
     table, facts = score_table.read(run_scores)
-    starts, found, missing = np.cumsum([0, *counts]), dict[str, dict[str, Tensor]](), []
+    found, missing = dict[str, dict[str, Tensor]](), []
     for name in wanted:
         column = next((column for column in COLUMNS[name] if column in table.column_names), None)
         if column is None:
-            which = " or ".join(COLUMNS[name]) if name != "easiest" else "loss"
+            which = COLUMNS[name][0]
             missing.append(
                 f"{name}: scores.parquet has no column {which}; add {which} to score.criterion and score again"
             )
             continue
         low = name == "easiest" or facts.get("useful", {}).get(column, "low") == "low"
         keys = build_ranking(column, low, "useful", 0).keys(table[column].to_numpy())
-        found[name] = {
-            str(label): torch.from_numpy(np.argsort(keys[starts[label] : starts[label + 1]], kind="stable"))
-            for label in range(len(counts))
-        }
+        by_class = enumerate(np.split(keys, np.cumsum(counts)[:-1]))
+        found[name] = {str(label): torch.from_numpy(np.argsort(own, kind="stable")) for label, own in by_class}
     return found, missing

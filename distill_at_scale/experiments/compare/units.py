@@ -67,13 +67,10 @@ def recipe(config: Config, of_set: TrainingProtocol, labels: str, augment: bool)
             protocol = RDED.protocol(teacher_config(config))
         except UserError as error:
             raise UserError(f"compare.labels: views: {str(error).replace('distill.rded', 'compare.teacher')}") from None
-        return (
-            replace(protocol, epochs=epochs)
-            if augment
-            else replace(protocol, epochs=epochs, augment="none", cutmix=0.0)
-        )
+        protocol = replace(protocol, epochs=epochs)
+        return protocol if augment else replace(protocol, augment="none", cutmix=0.0)
     own = of_set.augment if of_set.labels != "views" and of_set.augment != "none" else SIAMESE_AUGMENT
-    strategy = section.strategy or own if augment else "none"
+    strategy = (section.strategy or own) if augment else "none"
     Augmentation(strategy)  # raises UserError for an unknown family
     protocol = TrainingProtocol(epochs, strategy, labels="soft" if labels == "soft" else "hard")
     return replace(protocol.overridden(config.evaluate), epochs=epochs)
@@ -101,23 +98,10 @@ class Compare(Worker):
             )
             seed = rng.derive(self.config.run.seed, "comparison", *(str(value) for value in asdict(job).values()))
             data = self.training_set(job, protocol, unit)
-            result = train_and_test(
-                spec,
-                data,
-                protocol,
-                seed,
-                self.test,
-                self.device,
-                evaluate.precision,
-                self.progressed,
-                f"training on {job}",
-            )
-            yield {
-                **asdict(job),
-                **result,
-                "images": len(data.labels),
-                "seconds": round(time.perf_counter() - began, 3),
-            }
+            place, name = (self.test, self.device, evaluate.precision), f"training on {job}"
+            result = train_and_test(spec, data, protocol, seed, *place, self.progressed, name)
+            seconds = round(time.perf_counter() - began, 3)
+            yield {**asdict(job), **result, "images": len(data.labels), "seconds": seconds}
 
     def progressed(self, percent: int) -> None:
         self.poll()
@@ -143,8 +127,10 @@ class Compare(Worker):
             section = self.config.compare.teacher
             epochs = min(protocol.epochs, section.label_epochs)
             return replace(data, views=TeacherLabels(self._teacher, epochs, section.top_k, section.temperature))
-        if job.labels == "hard" or "soft_labels" in tensors:
-            return replace(data, soft={key: tensors[key] for key in ("soft_labels",) if job.labels == "soft"})
+        if job.labels == "hard":
+            return data
+        if "soft_labels" in tensors:
+            return replace(data, soft={"soft_labels": tensors["soft_labels"]})
         images = data.normalized(torch.arange(len(data.labels))).to(self.device)
         return replace(data, soft={"soft_labels": self._teacher.logits(images).cpu()})
 

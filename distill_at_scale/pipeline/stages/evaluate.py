@@ -8,7 +8,7 @@ from typing import Any
 
 from distill_at_scale.config.fields import result_values
 from distill_at_scale.config.load import Config
-from distill_at_scale.core.atomic_files import write_json
+from distill_at_scale.core.atomic_files import resume_log, write_json
 from distill_at_scale.core.events import instant
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.distillation import evaluate as evaluation
@@ -35,13 +35,7 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
     validate.check_networks(config, data)
     work = run_dir.work("evaluate", inputs)
     log = work / "rows.jsonl"
-    rows: list[dict[str, Any]] = []  # the finished ones, which are kept in the log as they come
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break  # cut short when the run was interrupted
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    rows = resume_log(log)  # the finished ones, which are kept in the log as they come
 
     began = time.perf_counter()
     distilled = {control.name: control for control in controls.distil(context, data)}

@@ -1,8 +1,8 @@
 """The candidates of select: auto, and the rounds in which successive halving compares them.
 
 A candidate is a mapping of keys of the section `select`. Successive halving (Jamieson and Talwalkar, arXiv 1502.07943): the
-first round tries all candidates with few steps; the best third of each round goes on with twice the steps and twice the epochs of
-evaluation. "Everything" takes part in each round, for comparison.
+first round tries all candidates with few steps; the best third of each round goes on with twice the steps and twice the
+epochs of evaluation. "Everything" takes part in each round, for comparison.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ EACH = 2, 10, 50  # kept samples per class of the default portfolio, for each di
 SHARES = 0.1, 0.3  # its other keep rates
 LARGEST, APART = 0.5, 1.6  # its largest keep rate, and the smallest factor between two
 THIRD, FINALISTS = 3, 3  # one in THIRD goes on to the next round, until at most FINALISTS are left
-LONGER = 2  # how much longer the next round is; with 3, the first one of a short search ranked the initial images only
+LONGER = (
+    2  # factor from the steps of a round to the next; with 3, the first of a short search ranked only initial images
+)
 QUARTER = 4  # the last round has the steps of the run divided by this
 
 
@@ -106,8 +108,8 @@ def planned(config: Config, counts: Sequence[int], steps: int) -> list[Round]:
 def fitting(plan: Sequence[Round], left: float, each: float, step: float, most: float) -> list[Round]:
     """A plan with fewer or more steps, or with fewer candidates, that takes at most `left` seconds.
 
-    Half the candidates are left out rather than more than three quarters of the steps. What a single candidate and everything
-    need in the last round is not reduced below one step.
+    If less than a quarter of the steps fits, the last half of the candidates is left out instead. A distillation has at least
+    one step, so a plan for one candidate may take longer than `left`.
 
     Args:
         each: seconds of a point with all epochs, besides its steps, divided by how many run at a time.

@@ -123,11 +123,12 @@ class CompareSection(Section):
         "set; views: a soft label of the teacher for each random crop",
     )
     augment: Literal["both", "with", "without"] = Field(
-        "both", description="train with augmentation, without, or both; views: flips and CutMix besides the crops"
+        "both",
+        description="train with augmentation, without, or both; views always have random crops, and with it also flips and CutMix",
     )
     strategy: str | None = Field(
         None,
-        description="augmentation of labels: hard, soft; null: the first run's, or all families if it has none",
+        description="augmentation for hard and soft labels; null: the first run's, or all families if it has none",
     )
     networks: list[str] = Field([], description="networks to train; empty: evaluate.networks of the first run")
     seeds: int | None = Field(None, ge=1, description="networks of each kind per set; null: evaluate.seeds")

@@ -3,8 +3,8 @@
     <run.dir>/auto/        the points of the search, on top of the run's own ingest and scores
     <run.dir>/auto.json    rounds, choice and its reason; reused while nothing that it depends on changes
 
-Successive halving over a portfolio (`pruning/selection/portfolio.py`). The test split is not read. Proxies were trained on the
-held-out samples too, which may flatter a selection by scores a little.
+Successive halving over a portfolio (`pruning/selection/portfolio.py`). The test split is not read. The proxies were trained on
+the held-out samples, too, so a selection by scores may look slightly better than it is.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import torch
 from distill_at_scale.config.experiments import CompareSection
 from distill_at_scale.config.load import load, with_overrides
 from distill_at_scale.core import safetensors_io
+from distill_at_scale.core.atomic_files import write_json
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.progress import Display
 from distill_at_scale.data.prepared import manifest
@@ -226,6 +227,23 @@ def test_every_set_of_a_kind_of_labels_has_one_recipe(two_runs):
         (1.0, "flip", 7, 20.0),
         (0.0, "none", 7, 20.0),
     ]
+
+
+def test_the_cost_of_a_set_counts_what_its_selection_needed(two_runs, make_run, tmp_path):
+    first = open_runs(two_runs)[0]
+    keys = {"run__reuse": str(first.dir.path), "score__criterion": CRITERIA}
+    chosen = {"loss": {"keep": 0.5}, "chance": {"keep": 0.5, "criterion": "random"}, "every": {"keep": 1.0}}
+    loss, chance, every = open_runs([
+        make_run(tmp_path / name, **keys, **{f"select__{k}": v for k, v in own.items()}).stages(*STAGES).config
+        for name, own in chosen.items()
+    ])  # fmt: skip
+    assert loss.selection_seconds() == loss.seconds("select", "score") > loss.seconds("select")
+    assert [run.selection_seconds() for run in (chance, every)] == [run.seconds("select") for run in (chance, every)]
+    found = {"made_with": "x", "rounds": [1], "name": "loss", "chosen": {"keep": 0.5}, "seconds": 1000.0}
+    write_json(chance.dir / "auto.json", found)
+    table, facts = manifest.read(chance.dir / "manifest.parquet")
+    manifest.write(chance.dir / "manifest.parquet", table, facts | {"asked": facts["asked"] | {"keep": "auto"}})
+    assert chance.selection_seconds() == pytest.approx(1000 + chance.seconds("select", "score"))
 
 
 def test_other_labels_of_views_are_other_networks(two_runs, tmp_path):

@@ -7,8 +7,9 @@ and one network:
     cost_seconds  teacher_seconds  train_seconds  over_random  over_random_low  over_random_high
 
 mean, low and high are top-1 fractions; low to high is the 95 % t-interval over n networks (null for one). cost_seconds is the
-time of scoring, selection and distillation, teacher_seconds that of the teacher where its labels are used, train_seconds the
-mean time of a network. over_random is the difference from as many random samples per class, with its Welch interval.
+time of scoring, selection (with the search of select: auto) and distillation. teacher_seconds is the time to train the teacher
+if its labels are used, train_seconds the mean time of a network. over_random is the difference from as many random samples per
+class, with its Welch interval.
 """
 
 from __future__ import annotations

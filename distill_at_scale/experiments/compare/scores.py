@@ -31,8 +31,8 @@ def scores(
 ) -> dict[str, float | None]:
     """Both scores of a set from mean accuracies by regime; None where a regime is missing.
 
-    Random samples are as many per class. `any` is the best regime of the set, and the same one for random samples. `hard` is
-    the best of those with hard labels. The augmentation-robust score is for the labels of the set's best regime.
+    `random` has as many samples per class as the set. `any` is the best regime of the set; random samples are taken in the
+    same regime. `hard` is the best regime with hard labels. The augmentation-robust score is for the labels of `any`.
     """
     best, result = max(ours, key=lambda regime: ours[regime]), dict[str, float | None](lrs=None, ars=None)
     hard = [[value for (labels, _), value in by.items() if labels == "hard"] for by in (ours, full)]

@@ -1,8 +1,8 @@
 """The sets of a comparison: their tensors, their bytes, and real samples of the same size.
 
-Bytes are those on disk: an image as it is stored (a synthetic one float32, a real one as in `prepared/`: uint8, above 128
-pixels JPEG), 8 bytes for its class, and its labels: 4 bytes per class for a soft one; for views those of every labelled epoch
-in 16 bits, as in `labels.safetensors`. The teacher is not counted.
+Bytes are those on disk: the image (a synthetic one in float32; a real one as in `prepared/`: uint8, above 128 pixels JPEG), 8
+bytes for its class, and its soft labels. One soft label per image takes 4 bytes per class. Labels of views take 2 bytes per
+class for every labelled epoch, as in `labels.safetensors`. The teacher is not counted.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from distill_at_scale.distillation.synthetic_set import SyntheticSet
 from distill_at_scale.pruning.scoring import score_table
 from distill_at_scale.pruning.selection.ranking import build_ranking
 
+Kind = Literal["distilled", "external", "tiles", "baseline", "full"]
 CLASS_BYTES = 8  # of a label, int64
 EASIEST = ("loss", "loss_early", "loss_converged", "el2n")  # criteria whose lowest scores are the easiest samples
 COLUMNS = {"herding": ("herding",), "k_center": ("k_center",), "easiest": EASIEST, "cad": ("cad",)}
@@ -48,14 +49,10 @@ class SetTensors:
     soft: Tensor | None = None
     crop: tuple[float, float] | None = None
 
-    def entry(
-        self, name: str, kind: Literal["distilled", "external", "tiles"], cost: float | None, folder: Path
-    ) -> Entry:
+    def entry(self, name: str, kind: Kind, cost: float | None, folder: Path) -> Entry:
         """Write the tensors to a file in `folder`; returns the entry of the set."""
-        file, soft = (
-            folder / f"{digest(name)[:16]}.safetensors",
-            {} if self.soft is None else {"soft_labels": self.soft},
-        )
+        file = folder / f"{digest(name)[:16]}.safetensors"
+        soft = {} if self.soft is None else {"soft_labels": self.soft}
         safetensors_io.save(file, {"images": self.images, "labels": self.labels, **soft})
         size, training = self.images[0].numel() * self.value_bytes, len(self.labels)
         return Entry(name, kind, size, self.stored, training, cost=cost, file=file, own_soft=bool(soft), crop=self.crop)
@@ -113,15 +110,15 @@ class Entry:
 
     Attributes:
         name: of a set, or of a baseline.
-        per_class: real samples per class for each kind of labels, of a baseline; empty: a set, or the whole training split.
+        per_class: of a baseline, its samples per class for each kind of labels; empty for sets and the whole training split.
         stored, training: stored images of a set, and the images that networks see (IDC stores several in one).
         image_bytes: of one stored image.
-        cost: seconds of scoring, selection and distillation; None if unknown.
+        cost: seconds of scoring, of selection and the search for it, and of distillation; None if unknown.
         file: of its tensors, or of the order in which its samples are taken.
     """
 
     name: str
-    kind: Literal["distilled", "external", "tiles", "baseline", "full"]
+    kind: Kind
     image_bytes: int
     stored: int = 0
     training: int = 0

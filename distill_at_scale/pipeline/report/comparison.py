@@ -55,21 +55,16 @@ def _board(facts: Facts, network: str) -> dict[str, Any]:
     for name, rows in ranked:
         cells = {regime(row["labels"], row["augment"]): _cell(row) for row in rows}
         best = max(rows, key=lambda row: row["mean"])
-        best = {"accuracy": accuracy(best), "regime": regime(best["labels"], best["augment"])}
         lines.append({
             "name": name, "kind": rows[0]["kind"], "cells": [cells.get(one) for one in regimes],
-            "best": best,
+            "best": {"accuracy": accuracy(best), "regime": regime(best["labels"], best["augment"])},
             "images": _range([row["images"] for row in rows], "{:,}"),
             "bytes": _range([row["bytes"] / 1024 for row in rows], "{:,.1f}"),
             "lrs": scores.get(name, {}).get("lrs"), "ars": scores.get(name, {}).get("ars"),
             "cost": rows[0]["cost_seconds"], "train": fmean(row["train_seconds"] for row in rows),
         })  # fmt: skip
-    return {
-        "network": network,
-        "regimes": regimes,
-        "rows": lines,
-        "plot": charts.picture(_plot(network, regimes, ranked)),
-    }
+    plot = charts.picture(_plot(network, regimes, ranked))
+    return {"network": network, "regimes": regimes, "rows": lines, "plot": plot}
 
 
 def _cell(row: Facts) -> dict[str, Any]:

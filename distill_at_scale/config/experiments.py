@@ -124,7 +124,7 @@ class CompareSection(Section):
     )
     augment: Literal["both", "with", "without"] = Field(
         "both",
-        description="train with augmentation, without, or both; views always have random crops, and with it also flips and CutMix",
+        description="train with augmentation, without, or both; views: flips and CutMix; they always have random crops",
     )
     strategy: str | None = Field(
         None,

@@ -106,7 +106,7 @@ def test_forgetting_counts_from_right_to_wrong_and_what_is_never_learnt_most():
 
 
 def test_forgetting_is_refused_without_epochs_to_follow():
-    with pytest.raises(UserError, match="more than one epoch"):
+    with pytest.raises(UserError, match="two checkpoints or more"):
         make_criterion("forgetting", epochs=1)
     with pytest.raises(UserError, match="pretrained weights"):
         make_criterion("forgetting", weights="w.pth")

@@ -39,7 +39,7 @@ from distill_at_scale.storage.sync import AUTO
 OpenPoints = Callable[[Config], AbstractContextManager[PointSet]]
 Say = Callable[[str], None]
 NAME = "auto.json"
-HELD_OUT, TESTS = 0.2, 10_000  # default for select.auto.held_out: this share, at most about so many samples
+HELD_OUT, TESTS = 0.2, 10_000  # default for select.auto.held_out: a share, and the largest number of samples
 LEAST_EPOCHS = 100  # of evaluation in an early round, unless the protocol has fewer
 
 

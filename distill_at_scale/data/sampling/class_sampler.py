@@ -54,8 +54,8 @@ class ClassSampler:
     @classmethod
     def load(cls, prepared: PreparedDataset, manifest: Path, labels: Collection[int], seed: int, device: torch.device,
              hold: str = "auto", free: MemoryBudget | None = None, first: int | None = None) -> ClassSampler:  # fmt: skip
-        """The samples of some classes that the manifest keeps, placed by `hold` (distill.hold); `free` bounds auto. With
-        `first`, only so many of each class, in the order of their ranks.
+        """The samples of some classes that the manifest keeps, placed by `hold` (distill.hold); `free` bounds auto.
+        `first`: take only this number of samples of each class, those of smallest rank, in the order of their ranks.
 
         Raises UserError for a class without kept samples.
         """

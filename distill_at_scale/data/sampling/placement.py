@@ -35,8 +35,8 @@ def kept_places(
 ) -> dict[int, Array]:
     """Positions of the kept samples of some classes, ascending. Ids are joined class by class, so memory holds those of one.
 
-    With `others` also of the samples that are not kept, except those that are held out. With `first` only of so many kept ones,
-    in the order of their ranks.
+    `others`: include samples that are not kept, but not those that are held out.
+    `first`: take only this number of kept samples of each class, those of smallest rank, in the order of their ranks.
 
     Raises UserError for a class without kept samples, and if the manifest keeps samples that the data lack.
     """

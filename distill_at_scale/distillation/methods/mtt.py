@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from distill_at_scale.config.fields import result_values
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import MTTSection
 from distill_at_scale.core.errors import DistillationDiverged
@@ -41,8 +42,7 @@ class MTT(ImageMethod):
     @classmethod
     def network_options(cls, config: Config) -> dict[str, Any]:
         """Keys do not name the method, so that methods share experts."""
-        section, neutral = cls.section(config), {"expert_infobatch": 0.0}  # a later key: it counts if it is used
-        own = {k: v for k, v in section.model_dump().items() if k.startswith("expert_") and v != neutral.get(k, ...)}
+        own = {key: value for key, value in result_values(cls.section(config)).items() if key.startswith("expert_")}
         return {f"distill.{key}": getattr(config.distill, key) for key in ("network", "width", "depth")} | own
 
     @classmethod

@@ -69,9 +69,7 @@ class TESLA(MTT):
             return outputs
         extras = {**outputs.extras, "soft_labels": self.logits.detach().flatten(0, 1).cpu()}
         spec, card = self.context.spec, dict(outputs.card)
-        if (
-            spec.kind != "tensors"
-        ):  # an expert goes with the set: it gives other images soft labels, such as those of controls
+        if spec.kind != "tensors":  # an expert goes with the set, to give other images (of controls) soft labels
             (theta,) = self.experts.parameters(0, self.options.expert_epochs)
             views = zip(self.student.names, theta.split(self.student.sizes), self.student.shapes, strict=True)
             extras |= {f"teacher/{name}": part.view(shape).cpu() for name, part, shape in views}

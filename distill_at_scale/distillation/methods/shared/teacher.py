@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from distill_at_scale.config.fields import result_values
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import TeacherSection
 from distill_at_scale.core import rng, safetensors_io
@@ -69,10 +70,8 @@ class TeacherMethod(Method):
 
     @classmethod
     def network_options(cls, config: Config) -> dict[str, Any]:
-        section, neutral = cls.section(config), {"teacher_infobatch": 0.0}  # a later key: it counts if it is used
-        options = {
-            k: v for k, v in section.model_dump().items() if k.startswith("teacher_") and v != neutral.get(k, ...)
-        }
+        values = result_values(cls.section(config), locations=True)
+        options = {key: value for key, value in values.items() if key.startswith("teacher_")}
         options |= {"width": config.distill.width, "depth": config.distill.depth}
         name = options.pop("teacher_weights")
         if not name:

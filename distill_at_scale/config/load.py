@@ -24,6 +24,7 @@ from distill_at_scale.config.methods import DistillSection, EvaluateSection, Run
 from distill_at_scale.core.errors import UserError
 
 MAX_CHARACTERS = 2**20  # of a configuration file
+MANY_IMAGES = 5  # per class; from here on the samples of lowest loss are too similar
 REMOVED = {"tolerance", "lowest", "points"}  # keys of select.auto in run.json of earlier versions, without effect
 
 
@@ -73,10 +74,8 @@ class Config(Section):
         """With select.keep: auto, score.criterion gets the criteria that the candidates need."""
         if self.select.keep != "auto":
             return self
-        select = self.select
-        default: list[dict[str, Any]] = [{"criterion": select.criterion, "order": select.order}, {"order": "clusters"}]
         named = list[str]()
-        for candidate in select.auto.portfolio or default[: 1 + self.tries_clusters]:
+        for candidate in self.select.auto.portfolio or self.selections:
             criterion = candidate.get("criterion") or []
             named += [criterion] if isinstance(criterion, str) else criterion
             named += ["clusters"] if candidate.get("order") == "clusters" else []
@@ -94,13 +93,24 @@ class Config(Section):
         return self
 
     @property
-    def tries_clusters(self) -> bool:
-        """Whether clusters are among the default candidates of select.keep: auto: where nothing limits these and there are
-        proxies.
+    def selections(self) -> list[dict[str, Any]]:
+        """Criterion and order of each selection that select.keep: auto tries by default, the most promising first.
+
+        A criterion or an order in `select` limits them to it. For few images per class the samples of lowest loss are best,
+        for more of them the samples have to cover the class (`jobs/benchmarks/README.md`).
         """
-        select, score = self.select, self.score
-        limited = select.criterion is not None or select.order != "useful" or select.scope == "global"
-        return not limited and score.criteria[0] not in ("random", "monte_carlo", *score.imported)
+        select, first, random = self.select, self.score.criteria[0], {"criterion": "random"}
+        if select.criterion is not None or select.order != "useful":
+            return [{"criterion": select.criterion, "order": select.order}]
+        if first == "random":
+            return [random]
+        plain, covering = {"criterion": first}, list[dict[str, Any]]()
+        if select.scope != "global":  # it ranks all samples together, so no class can be covered
+            proxies = first not in ("monte_carlo", *self.score.imported)
+            covering = [{**plain, "order": order} for order in ("clusters", "easy_random")[0 if proxies else 1 :]]
+        if self.distill.ipc < MANY_IMAGES or not covering:
+            return [plain, *covering[:1], random]
+        return [*covering, random]
 
     @property
     def criterion(self) -> str | dict[str, float]:

@@ -233,6 +233,13 @@ class ScoreSection(Section):
     lr: float = Field(0.01, gt=0, le=MAX_LR, description="learning rate of proxy training (SGD)")
     momentum: float = Field(0.0, ge=0, lt=1, description="momentum of proxy training")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of proxy training")
+    infobatch: float = later_key(
+        0.0,
+        in_ids=False,
+        ge=0,
+        lt=1,
+        description="proxies: probability to leave a sample of below-mean loss out of an epoch (InfoBatch); 0: off",
+    )
     compile: Literal["auto", "always", "never"] = Field(
         "auto", description="use torch.compile; auto: if it saves more time than it takes"
     )
@@ -277,6 +284,11 @@ class ScoreSection(Section):
             raise ValueError(
                 f"score.epochs = {self.epochs:g} ends between two checkpoints, of which each epoch has "
                 f"{self.checkpoints_per_epoch}; set score.checkpoints_per_epoch so that their product is a whole number"
+            )
+        if self.infobatch and self.checkpoints_per_epoch > 1:
+            raise ValueError(
+                "score.infobatch chooses the samples of whole epochs; set score.checkpoints_per_epoch to 1, or score.infobatch "
+                "to 0"
             )
         return self
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill_at_scale.core import rng
+from distill_at_scale.core.collectives import Collectives
 
 SHARE = 0.875  # of the epochs, from the first one on, in which samples may be dropped (the paper's delta)
 
@@ -52,3 +53,11 @@ class InfoBatch:
             self.losses[rows] = losses.detach().float()
         total = (losses * self.weights[rows]).sum()
         return total / len(losses) if reduction == "mean" else total
+
+    def share(self, known: Tensor, workers: Collectives) -> None:
+        """Give all workers all losses, after each trained on its own samples; before, all had `known`, float32 [samples]."""
+        if self.drop and workers.size > 1:
+            changed = self.losses != known
+            counted = [self.losses.where(changed, torch.zeros_like(known)), changed.float()]
+            workers.all_reduce_sum(counted)
+            self.losses = counted[0].where(counted[1] > 0, known)

@@ -34,7 +34,7 @@ def epoch(source: ProxyDataLoader, number=0, own=None, trial=0):
 @pytest.mark.parametrize("shards", [1, 2, 8])
 def test_no_sample_comes_twice_in_an_epoch_and_few_sit_out(data, shards):
     steps = epoch(ProxyDataLoader(data, 0, 32, shards))
-    seen = [n for parts in steps for images, _ in parts for n in numbers(images)]
+    seen = [n for parts in steps for images, *_ in parts for n in numbers(images)]
     assert len(seen) == len(set(seen)) == len(steps) * 32
     assert len(steps) == 300 // 32
 
@@ -42,7 +42,7 @@ def test_no_sample_comes_twice_in_an_epoch_and_few_sit_out(data, shards):
 def test_labels_belong_to_their_images(data):
     classes = np.repeat(np.arange(4), [150, 80, 50, 20])
     for parts in epoch(ProxyDataLoader(data, 0, 32, 4)):
-        for images, labels in parts:
+        for images, labels, _ in parts:
             assert labels.tolist() == classes[numbers(images)].tolist()
 
 
@@ -51,12 +51,12 @@ def test_every_worker_gets_its_own_part_of_the_very_same_batches(data):
     expected = epoch(source)
     first, second = epoch(source, own=range(2)), epoch(source, own=range(2, 4))
     for all_parts, a, b in zip(expected, first, second, strict=True):
-        assert [numbers(images) for images, _ in all_parts] == [numbers(images) for images, _ in [*a, *b]]
+        assert [numbers(images) for images, *_ in all_parts] == [numbers(images) for images, *_ in [*a, *b]]
 
 
 def test_epochs_trials_and_seeds_differ_and_repeat(data):
     def order(source=ProxyDataLoader(data, 0, 32, 4), **keys):
-        return [n for parts in epoch(source, **keys) for images, _ in parts for n in numbers(images)]
+        return [n for parts in epoch(source, **keys) for images, *_ in parts for n in numbers(images)]
 
     orders = [order(), order(number=1), order(trial=1), order(ProxyDataLoader(data, 1, 32, 4))]
     assert len({tuple(f) for f in orders}) == 4
@@ -67,9 +67,9 @@ def test_epochs_trials_and_seeds_differ_and_repeat(data):
 def test_a_small_window_still_gives_every_sample_once_and_mixes_classes(data, monkeypatch, window):
     monkeypatch.setattr(dataloader, "WINDOW_BYTES", window)
     steps = epoch(ProxyDataLoader(data, 0, 32, 4))
-    seen = [n for parts in steps for images, _ in parts for n in numbers(images)]
+    seen = [n for parts in steps for images, *_ in parts for n in numbers(images)]
     assert len(seen) == len(set(seen)) == 288
-    classes = Counter(label for parts in steps[:3] for _, labels in parts for label in labels.tolist())
+    classes = Counter(label for parts in steps[:3] for _, labels, _ in parts for label in labels.tolist())
     assert len(classes) >= 3, "the first batches hold hardly any classes"
 
 
@@ -103,4 +103,19 @@ def test_a_set_smaller_than_a_batch_is_one_batch(tmp_path):
     small = write_prepared(tmp_path, np.zeros((10, 1, 4, 4), np.uint8), np.arange(10) % 2)
     steps = epoch(ProxyDataLoader(small, 0, 256, 8))
     assert len(steps) == 1
-    assert sum(len(labels) for _, labels in steps[0]) == 10
+    assert sum(len(labels) for _, labels, _ in steps[0]) == 10
+
+
+def test_positions_name_the_samples_and_a_mask_leaves_the_others_out(data):
+    source, kept = ProxyDataLoader(data, 0, 32, 4), torch.arange(300) % 3 != 0
+    batches = [parts for step in epoch(source) for parts in step]
+    order = {
+        n: position for images, _, rows in batches for n, position in zip(numbers(images), rows.tolist(), strict=True)
+    }
+    assert order == {n: n for n in order}, "the samples lie in the order of their classes"
+    dealt = source.shard_groups(0, 0)
+    assert sum(source.rows(dealt, kept)) == 200
+    masked = list(source.batches(0, 0, dealt, range(len(dealt)), kept))
+    seen = [position for step in masked for _, _, rows in step for position in rows.tolist()]
+    assert len(seen) == len(set(seen)) == 32 * len(masked) >= 160
+    assert all(position % 3 for position in seen)

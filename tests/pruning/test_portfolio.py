@@ -50,19 +50,36 @@ def test_a_plan_uses_the_time_but_no_more():
     assert portfolio.fitting(plan, 0.0, 1.0, 0.1, 1.0) == [Round(1, 1, 3)], "the least that can be compared"
 
 
-def names(**select):
-    config = validate({"select": {"keep": "auto", **select}})
-    return [portfolio.describe(one, config.criterion) for one in portfolio.candidates(config, [100, 100])]
+def names(ipc=1, score=None, **select):
+    config = validate({"select": {"keep": "auto", **select}, "score": score or {}, "distill": {"ipc": ipc}})
+    return [portfolio.describe(one, config.criterion) for one in portfolio.candidates(config, [100 * ipc, 100 * ipc])]
+
+
+RATES = ("2 %", "10 %", "30 %", "50 %")
 
 
 def test_a_criterion_or_an_order_limits_the_candidates_to_it():
-    rates = ("2 %", "10 %", "30 %", "50 %")
-    assert names(criterion="el2n") == [f"el2n, {rate}" for rate in rates]
-    assert names(order="useless") == [f"useless loss, {rate}" for rate in rates]
-    assert names(criterion="random", order="useful") == [f"random, {rate}" for rate in rates]
-    every = [f"{kind}, {rate}" for kind in ("clusters loss", "easy_random loss", "random", "loss") for rate in rates]
-    assert names(order="useful") == every
-    assert not any("clusters" in name or "easy" in name for name in names(scope="global"))
+    assert names(criterion="el2n") == [f"el2n, {rate}" for rate in RATES]
+    assert names(order="useless") == [f"useless loss, {rate}" for rate in RATES]
+    assert names(criterion="random", order="useful") == [f"random, {rate}" for rate in RATES]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "keys"),
+    [
+        (["loss", "clusters loss", "random"], {"order": "useful"}),
+        (["clusters loss", "easy_random loss", "random"], {"ipc": 10}),
+        (["loss", "random"], {"ipc": 10, "scope": "global"}),
+        (["random"], {"score": {"criterion": "random"}}),
+        (["monte_carlo", "easy_random monte_carlo", "random"], {"score": {"criterion": "monte_carlo"}}),
+        (
+            ["easy_random theirs", "random"],
+            {"ipc": 10, "score": {"criterion": "theirs", "imported": {"theirs": "a.csv"}}},
+        ),
+    ],
+)
+def test_the_default_follows_the_images_per_class_and_what_is_scored(kinds, keys):
+    assert names(**keys) == [f"{kind}, {rate}" for kind in kinds for rate in RATES]
 
 
 def test_a_portfolio_of_ones_own_is_all_that_is_tried_and_what_it_ranks_by_is_scored():

@@ -82,19 +82,19 @@ def test_an_epoch_on_one_batch_is_a_step_of_plain_sgd(tmp_path, monkeypatch, sec
         assert all(torch.allclose(saved[k], v, atol=1e-4) for k, v in network.state_dict().items())
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("keys", [{}, {"momentum": 0.9}, {"infobatch": 0.5}], ids=["plain", "momentum", "infobatch"])
 @pytest.mark.parametrize("stop_after", [1, 2])
-def test_an_interrupted_trial_ends_with_the_same_bytes(tmp_path, momentum, stop_after):
+def test_an_interrupted_trial_ends_with_the_same_bytes(tmp_path, keys, stop_after):
     def stop(left=[stop_after]):  # noqa: B006
         left[0] -= 1
         if left[0] == 0:
             raise KeyboardInterrupt
 
-    train(tmp_path / "whole", momentum=momentum)
+    train(tmp_path / "whole", **keys)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "parts", momentum=momentum, saved=stop)
+        train(tmp_path / "parts", **keys, saved=stop)
     assert len(files(tmp_path / "parts")) == stop_after
-    train(tmp_path / "parts", momentum=momentum)
+    train(tmp_path / "parts", **keys)
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
 
@@ -192,10 +192,10 @@ def train_in_pairs(folder, **keys):
         thread.join()
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_two_workers_end_with_the_bytes_of_one(tmp_path, momentum):
-    train(tmp_path / "one", shards=4, momentum=momentum, batch=10)
-    train_in_pairs(tmp_path / "two", shards=4, momentum=momentum, batch=10)
+@pytest.mark.parametrize("keys", [{}, {"momentum": 0.9}, {"infobatch": 0.5}], ids=["plain", "momentum", "infobatch"])
+def test_two_workers_end_with_the_bytes_of_one(tmp_path, keys):
+    train(tmp_path / "one", shards=4, batch=10, **keys)
+    train_in_pairs(tmp_path / "two", shards=4, batch=10, **keys)
     assert len(files(tmp_path / "one")) == 3
     assert files(tmp_path / "two") == files(tmp_path / "one")
 
@@ -218,6 +218,39 @@ def test_compiled_code_gets_batches_of_one_shape(tmp_path, monkeypatch):
         for name in ("eager", "compiled")
     )
     assert all(torch.allclose(padded[name], value, atol=1e-5) for name, value in plain.items())
+
+
+def test_infobatch_leaves_out_easy_samples_between_the_first_and_the_last_epoch(tmp_path):
+    keys = {"epochs": 8, "shards": 1, "batch": 5, "lr": 0.01}
+    trial, passed = trial_of(tmp_path / "rule", infobatch=0.9, **keys), list[tuple[int, list[int]]]()
+    gradient, start = trial._batch_gradient, trial.rule.start
+
+    def spy_on_epochs(epoch):
+        passed.append((epoch, []))
+        return start(epoch)
+
+    def spy_on_batches(parts, sizes):
+        passed[-1][1].extend(row for _, _, rows in parts for row in rows.tolist())
+        return gradient(parts, sizes)
+
+    trial.rule.start, trial._batch_gradient = spy_on_epochs, spy_on_batches
+    trial.run()
+    counts = [len(rows) for _, rows in passed]
+    assert counts[0] == counts[7] == 40
+    assert all(len(set(rows)) == len(rows) for _, rows in passed)
+    assert max(counts[1:7]) < 35, "nine in ten of the samples below the mean loss are left out"
+    assert torch.isfinite(trial.rule.losses).all()
+    train(tmp_path / "all", **keys)
+    first, plain = (
+        proxy.load_proxy(SPEC, proxy.checkpoint_path(tmp_path / name, 1, 0), CPU).state_dict()
+        for name in ("rule", "all")
+    )
+    assert all(torch.equal(first[name], value) for name, value in plain.items()), "the first epoch leaves nothing out"
+
+
+def test_infobatch_and_parts_of_an_epoch_are_refused_together():
+    with pytest.raises(ValueError, match=r"score\.infobatch chooses the samples of whole epochs; set"):
+        ScoreSection(infobatch=0.5, checkpoints_per_epoch=2)
 
 
 def test_two_workers_resume_together(tmp_path):

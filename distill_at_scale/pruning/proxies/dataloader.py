@@ -26,7 +26,7 @@ from distill_at_scale.data.prepared.format import RowGroup
 WINDOW_BYTES = 512 * 2**20  # stored samples, over all logical shards of a proxy
 MIN_GROUPS = 4  # row groups per logical shard
 
-Batch = tuple[Tensor, Tensor]  # uint8 [n, *shape], labels int64 [n]
+Batch = tuple[Tensor, Tensor, Tensor]  # uint8 [n, *shape], labels int64 [n], positions int64 [n] in the training set
 Shards = list[list[RowGroup]]  # the row groups of each logical shard
 
 
@@ -74,38 +74,61 @@ class ProxyDataLoader:
             rows[smallest] += group.rows
         return shards
 
-    def batch_sizes(self, shards: Shards) -> list[int]:
+    @cached_property
+    def starts(self) -> dict[RowGroup, int]:
+        """The position of each row group's first sample among all samples to train on."""
+        ends = itertools.accumulate(group.rows for group in self.groups)
+        return {group: end - group.rows for group, end in zip(self.groups, ends, strict=True)}
+
+    def rows(self, shards: Shards, kept: Tensor | None = None) -> list[int]:
+        """Samples of each logical shard; `kept` bool [samples]: only these."""
+        if kept is None:
+            return [sum(group.rows for group in groups) for groups in shards]
+        return [sum(int(kept[(first := self.starts[one]) : first + one.rows].sum()) for one in own) for own in shards]
+
+    def batch_sizes(self, rows: Sequence[int]) -> list[int]:
         """Samples of each logical shard per batch; a set that is no larger than a batch is one batch."""
-        rows = [sum(group.rows for group in groups) for groups in shards]
-        if self.samples <= self.batch:
-            return rows
-        each = [self.batch // len(shards) + (i < self.batch % len(shards)) for i in range(len(shards))]
+        if sum(rows) <= self.batch:
+            return list(rows)
+        each = [self.batch // len(rows) + (i < self.batch % len(rows)) for i in range(len(rows))]
         return [min(size, count) for size, count in zip(each, rows, strict=True)]
 
-    def steps(self, shards: Shards) -> int:
+    def steps(self, rows: Sequence[int]) -> int:
         """Full batches per epoch; the samples of the incomplete last batch are left out, at random."""
-        pairs = zip(self.batch_sizes(shards), shards, strict=True)
-        return min(sum(group.rows for group in groups) // size for size, groups in pairs)
+        return min(count // max(size, 1) for size, count in zip(self.batch_sizes(rows), rows, strict=True))
 
-    def batches(self, trial: int, epoch: int, shards: Shards, own: range) -> Iterator[list[Batch]]:
-        """Per step, the parts of a worker's `own` logical shards."""
-        sizes, limit = self.batch_sizes(shards), WINDOW_BYTES // len(shards)
-        draws = {shard: rng.generator(self.seed, "proxy order", trial, epoch, shard) for shard in own}
-        parts = [self._batches(shards[shard], sizes[shard], limit, draw) for shard, draw in draws.items()]
-        yield from prefetch([next(part) for part in parts] for _ in range(self.steps(shards)))
+    def batches(
+        self, trial: int, epoch: int, shards: Shards, own: range, kept: Tensor | None = None
+    ) -> Iterator[list[Batch]]:
+        """Per step, the parts of a worker's `own` logical shards; `kept` bool [samples]: only of these samples."""
+        rows, limit = self.rows(shards, kept), WINDOW_BYTES // len(shards)
+        sizes, draws = (
+            self.batch_sizes(rows),
+            {i: rng.generator(self.seed, "proxy order", trial, epoch, i) for i in own},
+        )
+        parts = [self._batches(shards[i], sizes[i], limit, draw, kept) for i, draw in draws.items()]
+        yield from prefetch([next(part) for part in parts] for _ in range(self.steps(rows)))
 
-    def _batches(self, groups: Sequence[RowGroup], size: int, limit: int, draw: torch.Generator) -> Iterator[Batch]:
+    def _batches(
+        self, groups: Sequence[RowGroup], size: int, limit: int, draw: torch.Generator, kept: Tensor | None
+    ) -> Iterator[Batch]:
         rest: pa.Table | None = None
         for window in _windows(groups, limit, self.prepared):
-            tables = [self.prepared.read(group) for group in window]
+            tables = []
+            for group in window:
+                first, last = self.starts[group], self.starts[group] + group.rows
+                table = self.prepared.read(group).add_column(0, "position", pa.array(np.arange(first, last)))
+                tables.append(table if kept is None else table.filter(pa.array(kept.numpy()[first:last])))
             joined = pa.concat_tables(tables if rest is None else [rest, *tables])
             table = joined.combine_chunks()  # a take from a hundred chunks costs ten times one from a single chunk
             del tables, joined
             order = torch.randperm(table.num_rows, generator=draw).numpy()
             for start in range(0, table.num_rows - size + 1, size):
                 taken = table.take(pa.array(order[start : start + size]))
-                labels = torch.from_numpy(taken["label"].to_numpy().astype(np.int64))
-                yield torch.from_numpy(np.array(self.prepared.pixels(taken))), labels
+                labels, positions = (
+                    torch.from_numpy(taken[key].to_numpy().astype(np.int64)) for key in ("label", "position")
+                )
+                yield torch.from_numpy(np.array(self.prepared.pixels(taken))), labels, positions
             rest = table.take(pa.array(order[table.num_rows - table.num_rows % size :]))
 
 

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill_at_scale.config.load import Config
@@ -29,11 +28,22 @@ from distill_at_scale.models import precision
 from distill_at_scale.models.forward_mode import ForwardMode
 from distill_at_scale.models.precision import Precision
 from distill_at_scale.models.spec import NetworkSpec, mixes_samples
+from distill_at_scale.pruning.infobatch import InfoBatch
 from distill_at_scale.pruning.proxies.dataloader import Batch, ProxyDataLoader
 
 # of the section score: what only the training of proxies reads
-KEYS = ("trials", "epochs", "checkpoints_per_epoch", "share", "shards", "batch", "lr", "momentum", "weight_decay")
-NO_LABEL = -100  # of padding
+KEYS = (
+    "trials",
+    "epochs",
+    "checkpoints_per_epoch",
+    "share",
+    "shards",
+    "batch",
+    "lr",
+    "momentum",
+    "weight_decay",
+    "infobatch",
+)
 
 
 def network_spec(config: ScoreSection, shape: tuple[int, ...], classes: int, kind: str | None = None) -> NetworkSpec:
@@ -99,7 +109,7 @@ def check_training(prepared: PreparedDataset, config: ScoreSection, seed: int) -
         )
     if config.checkpoints_per_epoch > 1:
         for trial, epoch in itertools.product(range(config.trials), range(math.ceil(config.epochs))):
-            part_ends(config, batches.steps(batches.shard_groups(trial, epoch)))
+            part_ends(config, batches.steps(batches.rows(batches.shard_groups(trial, epoch))))
 
 
 def part_ends(config: ScoreSection, steps: int) -> list[int]:
@@ -158,6 +168,8 @@ class ProxyTrial:
         self.memory_format.network(self.network)
         self.parameters = list(self.network.parameters())
         self.optimizer = torch.optim.SGD(self.parameters, config.lr, config.momentum, weight_decay=config.weight_decay)
+        samples, rule_seed = self.loader.samples if config.infobatch else 0, rng.derive(seed, "proxy infobatch", trial)
+        self.rule = InfoBatch(config.infobatch, samples, math.ceil(config.epochs), rule_seed, device)
         self.mixes = mixes_samples(self.network)
         self.forward = self.mode.compile(self._logits)
         # Each thread takes whole shards, as operations of one shard are too short to share; with batch norm they follow one
@@ -183,6 +195,8 @@ class ProxyTrial:
         for i, parameter in enumerate(self.parameters):
             if (buffer := self.optimizer.state.get(parameter, {}).get("momentum_buffer")) is not None:
                 tensors[f"momentum.{i}"] = buffer
+        if self.config.infobatch:
+            tensors["infobatch.losses"] = self.rule.losses
         facts = {"class_names": json.dumps(self.prepared.class_names)}
         safetensors_io.save(checkpoint_path(self.folder, self.trial, epoch), tensors, facts)
 
@@ -194,10 +208,17 @@ class ProxyTrial:
             shards = self.loader.shard_groups(self.trial, epoch)
             each = len(shards) // self.workers.size
             own = range(self.workers.rank * each, (self.workers.rank + 1) * each)
-            sizes, steps = self.loader.batch_sizes(shards), self.loader.steps(shards)
+            kept = self.rule.start(epoch) if self.config.infobatch else None
+            if kept is not None and not all(
+                self.loader.rows(shards, kept)
+            ):  # of a small set: each shard needs a sample
+                kept = None
+                self.rule.weights.fill_(1)
+            rows, known = self.loader.rows(shards, kept), self.rule.losses.clone()
+            sizes, steps = self.loader.batch_sizes(rows), self.loader.steps(rows)
             ends = part_ends(self.config, steps)
             last = min(per_epoch, count - epoch * per_epoch)
-            batches = self.loader.batches(self.trial, epoch, shards, own)
+            batches = self.loader.batches(self.trial, epoch, shards, own, kept)
             for step, parts in enumerate(itertools.islice(batches, ends[first], ends[last]), ends[first] + 1):
                 gradient = self._batch_gradient(parts, sizes).split([p.numel() for p in self.parameters])
                 for parameter, part in zip(self.parameters, gradient, strict=True):
@@ -206,6 +227,7 @@ class ProxyTrial:
                 progressed(epoch * self.loader.samples + self.loader.samples * step // steps)
                 if step in ends:
                     self._finish_part(epoch)
+                    self.rule.share(known, self.workers)
                     yield done
                     done += 1
 
@@ -225,8 +247,8 @@ class ProxyTrial:
         """The flat gradient of a batch, over all workers; on CPUs shards are added in one fixed order."""
         # on a GPU one pass over all shards, unless batch norm must see them separately
         if self.device.type == "cuda" and not self.mixes:
-            images, labels = (torch.cat(list(tensors)) for tensors in zip(*parts, strict=True))
-            own = self._gradient((images, labels), sum(sizes), len(images))
+            images, labels, rows = (torch.cat(list(tensors)) for tensors in zip(*parts, strict=True))
+            own = self._gradient((images, labels, rows), sum(sizes), len(images))
         else:
             own = tree_sum(self.threads.map(lambda part: self._gradient(part, sum(sizes), max(sizes)), parts))
         if self.device.type == "cpu":
@@ -237,14 +259,14 @@ class ProxyTrial:
     def _gradient(self, batch: Batch, total: int, largest: int) -> Tensor:
         """The flat gradient of (sum of losses) / total, summed over microbatches that fit the cache; compiled code gets
         padded ones of one size, which follows from the `largest` batch."""
-        images, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        images, labels, rows = (tensor.to(self.device, non_blocking=True) for tensor in batch)
         size = len(images) if self.mixes else min(largest, self.spec.microbatch(self.device))
         if self.mode.compiled and (missing := -len(images) % size):
             images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
-            labels = F.pad(labels, (0, missing), value=NO_LABEL)
         gradient = torch.zeros(sum(p.numel() for p in self.parameters), device=self.device)
-        for part, targets in zip(images.split(size), labels.split(size), strict=True):
-            loss = F.cross_entropy(self.forward(part), targets, ignore_index=NO_LABEL, reduction="sum") / total
+        for part, targets, own in zip(images.split(size), labels.split(size), rows.split(size), strict=True):
+            logits, count = self.forward(part), len(own)
+            loss = self.rule.cross_entropy(logits[:count], targets[:count], own, reduction="sum") / total
             parts = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
             gradient += torch.cat([part.reshape(-1) for part in parts])
         return gradient
@@ -257,6 +279,7 @@ class ProxyTrial:
         if 0 < done < count:
             saved = safetensors_io.load(checkpoint_path(self.folder, self.trial, done - 1), again=True)
             self.network.load_state_dict(weights_of(saved))
+            self.rule.losses = saved.get("infobatch.losses", self.rule.losses).to(self.device)
             for i, parameter in enumerate(self.parameters):
                 if f"momentum.{i}" in saved:
                     self.optimizer.state[parameter]["momentum_buffer"] = saved[f"momentum.{i}"].to(parameter.device)

@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distill_at_scale.config.load import Config
-from distill_at_scale.pruning.criteria.factory import MONTE_CARLO
-from distill_at_scale.pruning.selection.ranking import RANDOM
 
 Candidate = Mapping[str, Any]
 EVERYTHING: Candidate = {"order": "useful", "keep": 1.0}
@@ -44,21 +42,13 @@ class Round:
 
 
 def candidates(config: Config, counts: Sequence[int]) -> Sequence[Candidate]:
-    """select.auto.portfolio, or the default: several keep rates of the known selections, the most promising first.
+    """select.auto.portfolio, or each of `config.selections` at several keep rates, the most promising first.
 
-    A criterion or an order that the configuration sets limits the default to it. `counts` are training samples per class.
+    `counts` are training samples per class.
     """
     if config.select.auto.portfolio is not None:
         return config.select.auto.portfolio
-    first, scope, order = config.criterion, config.select.scope, config.select.order
-    limited = config.select.criterion is not None or order != "useful"
-    scored = first not in (RANDOM, MONTE_CARLO)
-    kinds: list[dict[str, Any]] = [{"criterion": config.select.criterion, "order": order}] if limited else []
-    if not limited:
-        kinds += [{"criterion": first, "order": "clusters"}] if config.tries_clusters else []
-        kinds += [{"criterion": first, "order": "easy_random"}] if scored and scope != "global" else []
-        kinds += [{"criterion": RANDOM}, *([{"criterion": first}] if scored else [])]
-    return [{**kind, "keep": rate} for kind in kinds for rate in keep_rates(config.distill.ipc, counts)]
+    return [{**kind, "keep": rate} for kind in config.selections for rate in keep_rates(config.distill.ipc, counts)]
 
 
 def keep_rates(ipc: int, counts: Sequence[int]) -> list[float]:

@@ -25,6 +25,7 @@ MIN_WIDTH = 60  # of tables: in fewer columns their cells would be cut to nothin
 LOG_INTERVAL = 5.0  # seconds between two lines of a log
 STATUS_AFTER = 2.0  # seconds between two lines of a status in a log
 NOTE_INTERVAL = 1.0  # seconds between two notes of a worker's progress
+EARLY, REPORTS = 0.02, 10  # the share, and the reports after the first one, before which little is known of the speed
 Progressed = Callable[
     [int], None
 ]  # takes what is done so far of a long unit of work (samples, ...), as often as convenient
@@ -73,6 +74,7 @@ class Meter:
         self.done, self.before, self.began, self.shown = 0, before, time.monotonic(), 0.0
         self.work_began = self.began
         self.done_here = 0  # units that this command finished, including those repeated after a loss
+        self.reports, self.first = 0, (self.began, 0)  # the time of the first report, and the units done then
         self.note = ""
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
@@ -80,6 +82,9 @@ class Meter:
         self.before -= earlier
         self.done_here += count - earlier
         self.done += count
+        if self.done_here and count > earlier:
+            self.first = self.first if self.reports else (time.monotonic(), self.done_here)
+            self.reports += 1
         self.note = self.note if note is None else note
         self.display.refresh(self)
 
@@ -97,8 +102,14 @@ class Meter:
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds to the total at the present rate; None before the first unit."""
-        return (self.total - self.done) / self.rate if self.done_here else None
+        """Seconds to the total; None as long as too little is done to tell.
+
+        After REPORTS reports, from the time since the first one, which may have taken longer: it waited for compiling.
+        """
+        began, units = self.first
+        if self.reports > REPORTS and self.done_here > units:
+            return (self.total - self.done) * (time.monotonic() - began) / (self.done_here - units)
+        return (self.total - self.done) / self.rate if self.done_here > EARLY * self.total else None
 
     def line(self, ended: bool = False) -> str:
         parts = [f"{self.name}: {self.done:,} of {self.total:,} {self.unit}"]

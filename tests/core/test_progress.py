@@ -56,6 +56,18 @@ def test_units_that_were_there_may_come_in_parts_and_with_new_ones(clock, displa
         assert (meter.done, meter.done_here) == (60, 10)
 
 
+def test_the_time_left_does_not_contain_what_came_before_the_first_report(clock, display):
+    with display.meter("proxies", 1000, "samples") as meter:
+        clock.now += 60  # compiling
+        meter.advance(10)
+        assert meter.seconds_left is None, "one per cent says too little"
+        for _ in range(11):
+            clock.now += 1
+            meter.advance(10)
+        assert meter.seconds_left == pytest.approx(88)
+    assert shown(display).splitlines()[0] == "  proxies: 10 of 1,000 samples, 0.2 samples/s"
+
+
 def test_steps_that_are_done_again_are_work_but_no_progress(clock, display):
     with display.meter("distill", 100, "steps") as meter:
         clock.now += 4

@@ -162,6 +162,18 @@ class SRe2LSection(TeacherSection):
     beta1: float = Field(0.5, ge=0, lt=1, description="Adam's first beta")
     beta2: float = Field(0.9, ge=0, lt=1, description="Adam's second beta")
     statistics: float = Field(0.01, ge=0, description="weight of matching the batch norm statistics")
+    class_statistics: bool = later_key(
+        False,
+        in_ids=False,
+        description="match the statistics of each class's own real images, each class alone (arXiv 2410.15919); else those of "
+        "the teacher, in batches that mix classes",
+    )
+    first_layer: float | None = later_key(
+        None,
+        in_ids=False,
+        ge=0,
+        description="weight of the statistics of the first batch norm; null: 10 with class_statistics, else 1",
+    )
     recover_batch: int = Field(100, ge=1, description="synthetic images per forward pass of the teacher")
     recover_scale: float = Field(0.08, gt=0, le=1, description="smallest share of an image in a crop of the recovery")
     init: Init = Field("noise", description="initial images: noise or real samples")

@@ -47,6 +47,64 @@ def test_the_distance_is_that_of_means_and_variances_before_every_batch_norm(rec
     assert float(expected) > 0
 
 
+def class_images(method, label):
+    return torch.cat(list(method._real_images(label)))
+
+
+def test_moments_are_those_of_all_images_of_a_class_and_add_up_to_those_of_all(recovery, monkeypatch):
+    method = recovery()
+    monkeypatch.setattr(type(method.teacher.facts.spec), "microbatch", lambda self, device: 3)
+    entering, expected = class_images(method, 1), []
+    for layer in method.teacher.network.features:
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            expected.append(torch.stack([entering.mean((0, 2, 3)), entering.var((0, 2, 3), unbiased=False)]))
+        entering = layer(entering)
+    moments = [method.batch_norm_loss.moments(method._real_images(label)) for label in range(CLASSES)]
+    assert torch.allclose(moments[1], torch.cat(expected, 1), atol=1e-5)
+    together = method.batch_norm_loss.moments([class_images(method, label) for label in range(CLASSES)])
+    counts = torch.tensor([float(method.real.count(label)) for label in range(CLASSES)])
+    mean = sum(n * own[0] for n, own in zip(counts, moments, strict=True)) / counts.sum()
+    assert torch.allclose(together[0], mean, atol=1e-5)
+
+
+def test_a_step_with_class_statistics_takes_each_class_alone(recovery):
+    method = recovery(statistics=0.5, steps=10, class_statistics=True)
+    assert [rows.tolist() for rows in method.batches] == [[0, 1], [2, 3], [4, 5]]
+    before, (boxes, _) = method.images.detach().clone(), method._views(0)
+    images, loss = before.flatten(0, 1).requires_grad_(True), torch.zeros(())
+    for label in range(CLASSES):
+        with torch.no_grad():
+            moments = BatchNormLoss(method.teacher).moments([class_images(method, label)])
+        own = slice(2 * label, 2 * label + 2)
+        with BatchNormLoss(method.teacher, first=10).against(moments) as statistics:
+            logits = method.teacher(crop_and_flip(images[own], boxes[own]))
+            loss = loss + F.cross_entropy(logits, torch.tensor([label, label])) + 0.5 * statistics.value()
+    loss.backward()
+    torch.optim.Adam([images], 0.25, (0.5, 0.9)).step()
+    metrics = method.step(0)
+    expected = images.detach().clamp(method.lowest, method.highest)
+    assert torch.allclose(method.images.detach().flatten(0, 1), expected, atol=1e-4)
+    assert metrics["loss"] == pytest.approx(float(loss.detach()) / CLASSES, rel=1e-4)
+
+
+def test_class_statistics_give_the_same_images_for_any_number_of_workers_and_after_a_resume(recovery, monkeypatch):
+    keys = {"class_statistics": True, "steps": 4}
+    together = recovery(**keys)
+    parts = [recovery(labels=labels, **keys) for labels in ([0, 2], [1])]
+    for i in range(2):
+        for method in (together, *parts):
+            method.step(i)
+    merged = {key: value for part in parts for key, value in part.state_dict().items()}
+    resumed = recovery(**keys)
+    resumed.load_state_dict(merged)
+    assert torch.equal(resumed.images, together.images)
+    monkeypatch.setattr(BatchNormLoss, "moments", None)  # they are part of the state
+    for i in (2, 3):
+        together.step(i)
+        resumed.step(i)
+    assert torch.equal(resumed.images, together.images)
+
+
 def test_a_step_follows_adam_on_the_reference_gradient(recovery):
     method = recovery(statistics=0.5, steps=10)
     before = method.images.detach().clone()

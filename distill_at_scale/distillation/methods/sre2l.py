@@ -3,23 +3,30 @@
 A step is one Adam update of all own images. They pass the teacher in batches that mix classes: the j-th images of the own
 classes follow each other in an order drawn for each j. What is drawn for an image does not depend on the number of
 workers, but a batch holds classes of one worker only, so with more workers the images are similar but not equal.
+
+With `class_statistics` (LPLD, Xiao & He 2024, arXiv 2410.15919) each class is recovered alone, against the statistics of its
+own kept images in the teacher. Then the images are equal for any number of workers.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import SRe2LSection
 from distill_at_scale.core import rng
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
-from distill_at_scale.distillation.methods.base import ImageMethod, MethodContext
+from distill_at_scale.distillation.methods.base import Cost, ImageMethod, MethodContext
 from distill_at_scale.distillation.methods.shared.teacher import TeacherMethod
 from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, crop_and_flip, resized_crop_boxes
+
+FIRST_LAYER = 10.0  # weight of the first batch norm's statistics, with class statistics (the official code's)
 
 
 class SRe2L(TeacherMethod, ImageMethod):
@@ -28,6 +35,11 @@ class SRe2L(TeacherMethod, ImageMethod):
     teacher_needs_batch_norm: ClassVar[bool] = True
     section_name: ClassVar[str] = "sre2l"
     options: SRe2LSection
+
+    @classmethod
+    def costs(cls, config: Config) -> list[Cost]:
+        own = [Cost("statistics of the classes", cls.section(config).teacher_network, "kept", 1, backward=False)]
+        return [*super().costs(config), *(own if cls.section(config).class_statistics else [])]
 
     def __init__(self, context: MethodContext) -> None:
         self.options = self.section(context.config)
@@ -39,7 +51,13 @@ class SRe2L(TeacherMethod, ImageMethod):
         context, options = self.context, self.options
         self.optimizer = torch.optim.Adam([self.images], self.lr, (options.beta1, options.beta2))
         self.teacher = Teacher.load(context.networks / TEACHER, context.device, options.teacher_network)
-        self.batch_norm_loss = BatchNormLoss(self.teacher)
+        first = self.options.first_layer
+        if first is None:
+            first = FIRST_LAYER if self.options.class_statistics else 1.0
+        self.batch_norm_loss = BatchNormLoss(self.teacher, first)
+        self.class_moments: dict[
+            int, Tensor
+        ] = {}  # by label, see `BatchNormLoss.moments`; the first step computes them
         black, white = torch.zeros(1, *context.spec.shape), torch.ones(1, *context.spec.shape)
         self.lowest, self.highest = (real.normalization.apply(255 * x).to(context.device) for x in (black, white))
         self.targets = torch.tensor(context.labels, device=context.device).repeat_interleave(self.ipc)
@@ -47,17 +65,25 @@ class SRe2L(TeacherMethod, ImageMethod):
         for j in range(self.ipc):
             keys = {k: rng.derive(context.seed, "recovery order", j, label) for k, label in enumerate(context.labels)}
             order += [k * self.ipc + j for k in sorted(keys, key=keys.__getitem__)]
-        self.batches = torch.tensor(order).tensor_split(math.ceil(len(order) / options.recover_batch))
+        if options.class_statistics:
+            order = list(range(len(order)))
+        parts = torch.tensor(order).split(self.ipc) if options.class_statistics else [torch.tensor(order)]
+        self.batches = [rows for own in parts for rows in own.tensor_split(math.ceil(len(own) / options.recover_batch))]
 
     def step(self, i: int) -> dict[str, float]:
         """One update along the gradient of cross-entropy + `statistics` * batch norm loss, each averaged over a batch."""
+        for label in self.context.labels if self.options.class_statistics else ():
+            if label not in self.class_moments:
+                self.class_moments[label] = self.batch_norm_loss.moments(self._real_images(label)).to(
+                    self.context.device
+                )
         self.optimizer.param_groups[0]["lr"] = self.lr * (1 + math.cos(math.pi * i / self.context.steps)) / 2
         boxes, flipped = self._views(i)
         syn = self.images.detach().flatten(0, 1)
         gradient, losses, statistics = torch.zeros_like(syn), torch.zeros(len(syn), device=syn.device), 0.0
         for rows in self.batches:
             batch = syn[rows].requires_grad_(True)
-            with self.batch_norm_loss:
+            with self.batch_norm_loss.against(self.class_moments.get(int(self.targets[rows[0]]))):
                 logits = self.teacher(crop_and_flip(batch, boxes[rows], None if flipped is None else flipped[rows]))
                 distance = self.batch_norm_loss.value()
             entropy = F.cross_entropy(logits, self.targets[rows], reduction="none")
@@ -79,16 +105,61 @@ class SRe2L(TeacherMethod, ImageMethod):
         numbers = torch.cat([torch.rand(self.ipc, 5, generator=draw) for draw in draws])
         return resized_crop_boxes(numbers, self.options.recover_scale), numbers[:, 4] < 0.5 if self.flip else None
 
+    def _real_images(self, label: int) -> Iterable[Tensor]:
+        """The kept images of a class, normalised [n, *shape], in parts that the teacher takes at one time."""
+        device, count = self.context.device, self.real.count(label)
+        for rows in torch.arange(count).split(self.teacher.facts.spec.microbatch(device)):
+            yield self.real.normalization.apply(self.real.placement.take(label, rows).to(device))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return super().state_dict() | {
+            f"class moments/{label}": value.cpu() for label, value in self.class_moments.items()
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        known = {label: state.get(f"class moments/{label}") for label in self.context.labels}
+        self.class_moments = {
+            label: value.to(self.context.device) for label, value in known.items() if value is not None
+        }
+
 
 class BatchNormLoss:
-    """Within a `with` block, how far the inputs of a network's batch norms are from the running statistics."""
+    """Within a `with` block, how far the inputs of a network's batch norms are from given statistics."""
 
-    def __init__(self, network: nn.Module):
-        self.terms: list[Tensor] = []
-        self.recording = False
-        for layer in network.modules():
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                layer.register_forward_pre_hook(self._record)
+    def __init__(self, network: nn.Module, first: float = 1.0):
+        """`first` is the weight of the first batch norm; the others have weight 1."""
+        self.network, self.first, self.recording = network, first, False
+        self.terms, self.sums = list[Tensor](), dict[nn.Module, Tensor]()
+        self.layers = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        for layer in self.layers:
+            layer.register_forward_pre_hook(self._record)
+        self.against(None)
+
+    def against(self, moments: Tensor | None) -> BatchNormLoss:
+        """Compare with `moments` [2, channels of all layers], the result of the method of this name; None: with the running
+        statistics.
+        """
+        if moments is None:
+            moments = torch.stack(
+                [torch.cat([getattr(x, key) for x in self.layers]) for key in ("running_mean", "running_var")]
+            )
+        means, variances = (one.split([layer.num_features for layer in self.layers]) for one in moments)
+        pairs = zip(means, variances, strict=True)
+        self.targets: dict[nn.Module, tuple[Tensor, Tensor]] = dict(zip(self.layers, pairs, strict=True))
+        return self
+
+    @torch.no_grad()
+    def moments(self, images: Iterable[Tensor]) -> Tensor:
+        """Means and variances [2, channels of all layers] of what enters the batch norms, over all images, in parts
+        [n, *shape]. Sums are in float64.
+        """
+        self.sums = {layer: torch.zeros(3, layer.num_features, dtype=torch.float64) for layer in self.layers}
+        for part in images:
+            self.network(part)
+        count, total, squares = torch.cat(list(self.sums.values()), dim=1)
+        self.sums = {}
+        return torch.stack([total / count, (squares / count - (total / count).square()).clamp(min=0)]).float()
 
     def __enter__(self) -> BatchNormLoss:
         self.terms, self.recording = [], True
@@ -98,11 +169,18 @@ class BatchNormLoss:
         self.terms, self.recording = [], False
 
     def _record(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if self.recording:
-            channels = inputs[0].transpose(0, 1).flatten(1)  # C x all others
-            mean, variance = channels.mean(1), channels.var(1, correction=0)
-            self.terms.append((mean - layer.running_mean).norm() + (variance - layer.running_var).norm())  # type: ignore[operator]
+        if not self.recording and not self.sums:
+            return
+        channels = inputs[0].transpose(0, 1).flatten(1)  # C x all others
+        if self.sums:
+            sums = [channels.sum(1, dtype=torch.float64), channels.square().sum(1, dtype=torch.float64)]
+            self.sums[layer] += torch.stack([torch.full_like(sums[0], channels.shape[1]), *sums]).cpu()
+            return
+        mean, variance = channels.mean(1), channels.var(1, correction=0)
+        target_mean, target_variance = self.targets[layer]
+        weight = self.first if layer is self.layers[0] else 1.0
+        self.terms.append(weight * ((mean - target_mean).norm() + (variance - target_variance).norm()))
 
     def value(self) -> Tensor:
-        """Sum over the layers passed so far of |mean - running mean| + |variance - running variance|."""
+        """Weighted sum over the layers passed so far of |mean - target mean| + |variance - target variance|."""
         return torch.stack(self.terms).sum()

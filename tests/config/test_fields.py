@@ -46,7 +46,7 @@ def test_the_keys_that_were_added_later():
         "select.easiest", "select.strata", "select.window", "select.held_out", "evaluate.split",
         "score.imported_useful", "evaluate.control", "evaluate.controls",
         "distill.precision", "evaluate.precision", "select.refresh", "select.refresh_pool",
-        "distill.mtt.expert_infobatch", "distill.tesla.expert_infobatch",
+        "score.infobatch", "distill.sre2l.class_statistics", "distill.sre2l.first_layer", "distill.mtt.expert_infobatch", "distill.tesla.expert_infobatch",
         "distill.sre2l.teacher_infobatch", "distill.rded.teacher_infobatch",
         "compare.teacher.teacher_infobatch", "evaluate.bound_infobatch", "distill.pca", "distill.coreset",
     }  # fmt: skip
@@ -98,12 +98,12 @@ def test_neutral_values_hold_every_key_of_ids_with_the_default_where_it_does_not
     newer = {
         "score.cad_windows", "score.cad_length", "score.clusters", "score.checkpoints_per_epoch",
         "select.easiest", "select.strata", "select.window", "select.refresh", "select.refresh_pool",
-        "select.held_out", "evaluate.split", "evaluate.bound_infobatch",
+        "select.held_out", "evaluate.split", "distill.sre2l.class_statistics", "distill.sre2l.first_layer",
     }  # fmt: skip
     sections = ("distill.pca.", "distill.coreset.")
     every = {
         key: value for key, value in flatten(Config()).items()
-        if key not in newer and not key.startswith(sections) and not key.endswith(("expert_infobatch", "teacher_infobatch"))
+        if key not in newer and not key.startswith(sections) and not key.endswith("infobatch")
     }  # fmt: skip
     assert values == every | {"distill.ipc": 2}
     assert result_values(validate({"score": {"clusters": 3}}), neutral=True)["score.clusters"] == 3

@@ -12,6 +12,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from distill_at_scale.models.torchvision_weights import Published, explain, fits
 from distill_at_scale.models.torchvision_weights import published as find_published
 
 State = dict[str, Tensor]
+Moments = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation per channel
 MAX_EXPANSION = 16  # bytes of weights per byte of file: tensors may share storage, and a pickle can repeat one value
 ZIP_MAGIC = b"PK\3\4"  # first bytes of a file of torch.save; older ones are bare pickles
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "net")  # under which training scripts save the weights
@@ -48,7 +50,7 @@ class PretrainedWeights:
     state: State
     outputs: int
     classes: list[int] | None
-    normalization: tuple[tuple[float, ...], tuple[float, ...]] | None
+    normalization: Moments | None
     sha256: str
 
 
@@ -59,7 +61,8 @@ def load(name: str, spec: NetworkSpec, class_names: list[str], source_class_name
     missing, damaged, not plain tensors or not finite, or is of another network or other classes.
     """
     file, published = _find(name)
-    state, trained_on = _read(file)
+    state, metadata = _read(file)
+    trained_on, own_normalization = _class_names(file, metadata), _normalization(file, metadata, spec.shape[-3])
     state = _rename(state, spec.skeleton().state_dict())
     outputs = _outputs(state, spec)
     if outputs not in (len(class_names), len(source_class_names)):
@@ -77,7 +80,7 @@ def load(name: str, spec: NetworkSpec, class_names: list[str], source_class_name
         if unknown := [name for name in class_names if name not in column_of]:
             raise UserError(f"{file} knows no class {unknown[0]!r}; take it out of data.classes, or take other weights")
         columns = [column_of[name] for name in class_names]
-    normalization = published.normalization if published else None
+    normalization = published.normalization if published else own_normalization
     return PretrainedWeights(fitted, outputs, columns, normalization, file_digest(file)["sha256"])
 
 
@@ -116,11 +119,11 @@ def _find(name: str) -> tuple[Path, Published | None]:
     return file, published
 
 
-def _read(file: Path) -> tuple[State, list[str] | None]:
-    """The tensors of a file, and the names of its classes if its metadata has them."""
+def _read(file: Path) -> tuple[State, Mapping[str, str]]:
+    """The tensors of a file, and its metadata."""
     try:
         size = file.stat().st_size
-        state, names = _read_safetensors(file) if file.suffix == ".safetensors" else (_read_pickle(file), None)
+        state, metadata = _read_safetensors(file) if file.suffix == ".safetensors" else (_read_pickle(file), {})
     except OSError as error:
         raise UserError(f"cannot read the weights {file}: {error.strerror or error}. Is the path right?") from None
     claimed = sum(value.numel() * value.element_size() for value in state.values())
@@ -131,26 +134,50 @@ def _read(file: Path) -> tuple[State, list[str] | None]:
     for key, value in state.items():
         if value.is_floating_point() and not torch.isfinite(value.float()).all():
             raise UserError(f"{file}: {key} has values that are not finite; these weights cannot score anything")
-    return state, names
+    return state, metadata
 
 
-def _read_safetensors(file: Path) -> tuple[State, list[str] | None]:
+def _read_safetensors(file: Path) -> tuple[State, Mapping[str, str]]:
     try:
         with safe_open(file, framework="pt") as handle:
-            metadata = handle.metadata() or {}
-            state = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+            return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
     except OSError:
         raise
     except Exception as error:  # from safetensors, or from torch for an impossible shape
         reason = str(error).partition("\n")[0]
         raise UserError(f"{file} is not a complete safetensors file ({reason}); copy or save it again") from None
+
+
+def _class_names(file: Path, metadata: Mapping[str, str]) -> list[str] | None:
     try:
         names = json.loads(metadata.get("class_names", "null"))
     except (ValueError, RecursionError):
         names = metadata["class_names"]
     if not (names is None or (isinstance(names, list) and all(isinstance(n, str) for n in names))):
         raise UserError(f"{file}: the metadata class_names must be a JSON list of names, and is {str(names)[:80]!r}")
-    return state, names
+    return names
+
+
+def _normalization(file: Path, metadata: Mapping[str, str], channels: int) -> Moments | None:
+    """Mean and deviation per channel, from 0 to 1: each a number or a fraction, or a JSON list of one per channel."""
+    if "mean" not in metadata and "std" not in metadata:
+        return None
+
+    def numbers(key: str) -> tuple[float, ...]:
+        text = metadata.get(key, "")
+        try:
+            entries = json.loads(text) if text.lstrip().startswith("[") else [text] * channels
+            values = tuple(float(Fraction(str(entry))) for entry in entries)
+        except (ValueError, ZeroDivisionError, RecursionError):
+            values = ()
+        if len(values) != channels or not all(0 <= value <= 1 for value in values) or (key == "std" and 0 in values):
+            raise UserError(
+                f"{file}: the metadata {key} must be a number from 0 to 1 or a JSON list of {channels}, one per channel, and "
+                f"is {text[:80]!r}; correct it, or take both mean and std out to use the data's own normalisation"
+            )
+        return values
+
+    return numbers("mean"), numbers("std")
 
 
 def _read_pickle(file: Path) -> State:

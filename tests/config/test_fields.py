@@ -46,7 +46,8 @@ def test_the_keys_that_were_added_later():
         "select.easiest", "select.strata", "select.window", "select.held_out", "evaluate.split",
         "score.imported_useful", "evaluate.control", "evaluate.controls",
         "distill.precision", "evaluate.precision", "select.refresh", "select.refresh_pool",
-        "score.infobatch", "distill.sre2l.class_statistics", "distill.sre2l.first_layer", "distill.mtt.expert_infobatch", "distill.tesla.expert_infobatch",
+        "score.infobatch", "distill.sre2l.class_statistics", "distill.sre2l.first_layer",
+        "distill.mtt.expert_infobatch", "distill.tesla.expert_infobatch",
         "distill.sre2l.teacher_infobatch", "distill.rded.teacher_infobatch",
         "compare.teacher.teacher_infobatch", "evaluate.bound_infobatch", "distill.pca", "distill.coreset",
     }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from distill_at_scale.config import load as configuration
 from distill_at_scale.core.collectives import SingleProcess
@@ -18,6 +19,18 @@ CPU = torch.device("cpu")
 NAMES = ["zero", "one", "two"]
 QUICK = {"teacher_network": "convnet_bn", "teacher_epochs": 3, "teacher_batch": 16, "teacher_augment": "none",
          "label_epochs": 2}  # fmt: skip
+
+
+class Pooled(nn.Module):
+    """A teacher with global pooling, so that it takes images of any size."""
+
+    def __init__(self, spec: NetworkSpec):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(spec.shape[0], 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+        self.classifier = nn.Linear(6, spec.classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.features(images).mean((2, 3)))
 
 
 def make_sampler() -> ClassSampler:
@@ -41,5 +54,6 @@ def make_context(folder, method: str = "rded", steps: int = 1, **options) -> Met
 
 
 def make_teacher(context: MethodContext, real: ClassSampler | None = None) -> Teacher:
-    METHODS[context.config.distill.method].make_network(TEACHER, context, real or make_sampler())
-    return Teacher.load(context.networks / TEACHER, CPU)
+    method = METHODS[context.config.distill.method]
+    method.make_network(TEACHER, context, real or make_sampler())
+    return Teacher.load(context.networks / TEACHER, CPU, method.section(context.config).teacher_network)

@@ -176,7 +176,40 @@ class SRe2LSection(TeacherSection):
     )
     recover_batch: int = Field(100, ge=1, description="synthetic images per forward pass of the teacher")
     recover_scale: float = Field(0.08, gt=0, le=1, description="smallest share of an image in a crop of the recovery")
-    init: Init = Field("noise", description="initial images: noise or real samples")
+    crop_schedule: Literal["constant", "cosine"] = later_key(
+        "constant",
+        in_ids=False,
+        description="cosine: the smallest crop falls from the whole image to recover_scale during the recovery (CDA)",
+    )
+    blocks: int = later_key(
+        1,
+        in_ids=False,
+        ge=1,
+        description="parts of the recovery, each with a new optimizer; between two the images move towards their start (FADRM)",
+    )
+    residual: float = later_key(
+        0.5,
+        in_ids=False,
+        ge=0,
+        le=1,
+        description="share of the images that stays between two blocks; the rest is their start",
+    )
+    block_sizes: list[int] | None = later_key(
+        None,
+        in_ids=False,
+        description="pixels of a side of the images in each block, such as [200, 224], which repeats; null: data.size",
+    )
+    init: Literal["noise", "real", "patches"] = Field(
+        "noise",
+        description="initial images: noise, real samples, or patches: crops of real samples of medium loss under the teacher",
+    )
+
+    @field_validator("block_sizes")
+    @classmethod
+    def _sizes(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and (not value or min(value) < 1):
+            raise ValueError("name at least one size, each of at least 1 pixel")
+        return value
 
 
 class RDEDSection(TeacherSection):

@@ -46,7 +46,8 @@ def test_the_keys_that_were_added_later():
         "select.easiest", "select.strata", "select.window", "select.held_out", "evaluate.split",
         "score.imported_useful", "evaluate.control", "evaluate.controls",
         "distill.precision", "evaluate.precision", "select.refresh", "select.refresh_pool",
-        "score.infobatch", "distill.sre2l.class_statistics", "distill.sre2l.first_layer",
+        "score.infobatch", "distill.sre2l.class_statistics", "distill.sre2l.first_layer", "distill.sre2l.crop_schedule",
+        "distill.sre2l.blocks", "distill.sre2l.residual", "distill.sre2l.block_sizes",
         "distill.mtt.expert_infobatch", "distill.tesla.expert_infobatch",
         "distill.sre2l.teacher_infobatch", "distill.rded.teacher_infobatch",
         "compare.teacher.teacher_infobatch", "evaluate.bound_infobatch", "distill.pca", "distill.coreset",
@@ -100,6 +101,7 @@ def test_neutral_values_hold_every_key_of_ids_with_the_default_where_it_does_not
         "score.cad_windows", "score.cad_length", "score.clusters", "score.checkpoints_per_epoch",
         "select.easiest", "select.strata", "select.window", "select.refresh", "select.refresh_pool",
         "select.held_out", "evaluate.split", "distill.sre2l.class_statistics", "distill.sre2l.first_layer",
+        "distill.sre2l.crop_schedule", "distill.sre2l.blocks", "distill.sre2l.residual", "distill.sre2l.block_sizes",
     }  # fmt: skip
     sections = ("distill.pca.", "distill.coreset.")
     every = {

@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from teacher_cases import CLASSES, CPU, NAMES, SHAPE, make_context, make_sampler, make_teacher
+from teacher_cases import CLASSES, CPU, NAMES, SHAPE, make_config, make_context, make_sampler, make_teacher
 
-from distill_at_scale.core.errors import DistillationDiverged
+from distill_at_scale.core import rng
+from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.distillation.methods.sre2l import BatchNormLoss, SRe2L
-from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, crop_and_flip
+from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, crop_and_flip, resized_crop_boxes
 
 
 @pytest.fixture
@@ -103,6 +104,71 @@ def test_class_statistics_give_the_same_images_for_any_number_of_workers_and_aft
         together.step(i)
         resumed.step(i)
     assert torch.equal(resumed.images, together.images)
+
+
+def test_the_smallest_crop_falls_along_a_cosine(recovery):
+    method = recovery(crop_schedule="cosine", steps=10)
+    constant = recovery(recover_scale=0.08 + 0.92 * (1 + math.cos(0.5 * math.pi)) / 2, steps=10)
+    assert torch.equal(method._views(0)[0], torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(2 * CLASSES, 4)), "whole images"
+    assert torch.equal(method._views(5)[0], constant._views(5)[0])
+    areas = [float(method._views(step)[0][:, 2:].prod(1).min()) for step in range(11)]
+    assert 0.08 <= areas[10] < 0.5 < areas[2]
+
+
+def test_between_blocks_images_move_towards_their_start_and_the_optimizer_is_new(recovery):
+    keys = {
+        "steps": 4,
+        "blocks": 2,
+        "residual": 0.25,
+        "teacher_network": "teacher_cases:Pooled",
+        "block_sizes": [10, 8],
+    }
+    method = recovery(**keys)
+    start = method.start.clone()
+    assert method.images.shape[-2:] == (10, 10)
+    for i in range(2):
+        method.step(i)
+    expected = 0.25 * method._resized(method.images.detach(), 8) + 0.75 * start
+    assert torch.equal(method.snapshot()[0], method._resized(method.images.detach(), 8).flatten(0, 1))
+    state = {key: value.clone() for key, value in method.state_dict().items()}
+    seen = []
+    update, method.update = (
+        method.update,
+        lambda losses, i: (seen.append(method.images.detach().clone()), update(losses, i))[1],
+    )
+    method.step(2)
+    assert torch.allclose(seen[0], expected, atol=1e-6)
+    assert float(method.optimizer.state[method.images]["step"]) == 1
+    resumed = recovery(**keys)
+    resumed.load_state_dict(state)
+    resumed.step(2)
+    assert torch.equal(resumed.images, method.images)
+    state = {key: value.clone() for key, value in method.state_dict().items()}
+    again = recovery(**keys)
+    again.load_state_dict(state)
+    for one in (again, method):
+        one.step(3)
+    assert torch.equal(again.images, method.images)
+
+
+def test_patches_are_crops_of_medium_loss(recovery):
+    method = recovery(init="patches")
+    images = method.real.draw([1], 300, "patches")[0].images
+    numbers = torch.rand(len(images), 4, generator=rng.generator(method.context.seed, "patch crops", 1))
+    patches = crop_and_flip(images, resized_crop_boxes(numbers, 0.5))
+    losses = F.cross_entropy(
+        method.teacher.logits(patches), torch.ones(len(patches), dtype=torch.long), reduction="none"
+    )
+    chosen = [int((patches == one).flatten(1).all(1).nonzero()[0]) for one in method.images.detach()[1]]
+    below = [int((losses < losses[k]).sum()) for k in chosen]
+    assert sorted(below) == [(len(losses) - 2) // 2, (len(losses) - 2) // 2 + 1]
+
+
+def test_a_teacher_without_global_pooling_takes_no_other_size():
+    with pytest.raises(
+        UserError, match=r"teacher_network = 'convnet_bn' takes no images of 4 pixels, .*leave block_sizes out"
+    ):
+        SRe2L.protocol(make_config("sre2l", teacher_network="convnet_bn", block_sizes=[4]))
 
 
 def test_a_step_follows_adam_on_the_reference_gradient(recovery):

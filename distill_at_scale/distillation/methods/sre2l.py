@@ -6,6 +6,9 @@ workers, but a batch holds classes of one worker only, so with more workers the 
 
 With `class_statistics` (LPLD, Xiao & He 2024, arXiv 2410.15919) each class is recovered alone, against the statistics of its
 own kept images in the teacher. Then the images are equal for any number of workers.
+
+Options of later recoveries: `crop_schedule: cosine` (CDA, Yin & Shen 2023, arXiv 2311.18838); `init: patches` and `blocks`
+with `residual` and `block_sizes` (FADRM, Cui et al. 2025, arXiv 2506.24125).
 """
 
 from __future__ import annotations
@@ -21,11 +24,19 @@ from torch import Tensor, nn
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import SRe2LSection
 from distill_at_scale.core import rng
+from distill_at_scale.core.errors import UserError
+from distill_at_scale.data.ingest.sample_types import sample_shape
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.methods.base import Cost, ImageMethod, MethodContext
 from distill_at_scale.distillation.methods.shared.teacher import TeacherMethod
 from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, crop_and_flip, resized_crop_boxes
+from distill_at_scale.distillation.student import TrainingProtocol
+from distill_at_scale.models.spec import NetworkSpec
 
+PATCHES, PATCH_SCALE = (
+    300,
+    0.5,
+)  # real images per class that patches are taken from, and the smallest share that one shows
 FIRST_LAYER = 10.0  # weight of the first batch norm's statistics, with class statistics (the official code's)
 
 
@@ -41,16 +52,35 @@ class SRe2L(TeacherMethod, ImageMethod):
         own = [Cost("statistics of the classes", cls.section(config).teacher_network, "kept", 1, backward=False)]
         return [*super().costs(config), *(own if cls.section(config).class_statistics else [])]
 
+    @classmethod
+    def protocol(cls, config: Config) -> TrainingProtocol:
+        """Raises UserError, besides the reasons of a teacher, if the teacher cannot take images of `block_sizes`."""
+        protocol, section, shape = super().protocol(config), cls.section(config), sample_shape(config.data)
+        teacher = NetworkSpec(section.teacher_network, shape, 10, config.distill.width, config.distill.depth).skeleton()
+        for size in [shape[-1], *(section.block_sizes or [])]:
+            try:
+                teacher(torch.empty(2, *shape[:-2], size, size, device="meta"))
+            except Exception as error:
+                if size == shape[-1]:  # it cannot be tried without data
+                    break
+                raise UserError(
+                    f"distill.sre2l.teacher_network = {section.teacher_network!r} takes no images of {size} pixels, which "
+                    f"distill.sre2l.block_sizes names ({str(error).splitlines()[0]}); take a network with global pooling, such "
+                    "as resnet18_bn, or leave block_sizes out"
+                ) from None
+        return protocol
+
     def __init__(self, context: MethodContext) -> None:
         self.options = self.section(context.config)
         super().__init__(context, self.options.init, self.options.image_lr, 0.0)
         self.flip = self.protocol(context.config).augment == "flip"
 
     def prepare(self, real: ClassSampler) -> None:
-        super().prepare(real)
         context, options = self.context, self.options
-        self.optimizer = torch.optim.Adam([self.images], self.lr, (options.beta1, options.beta2))
         self.teacher = Teacher.load(context.networks / TEACHER, context.device, options.teacher_network)
+        super().prepare(real)
+        self.start = self.images.detach().clone() if options.blocks > 1 else None
+        self._start_block(self.images.detach(), 0)
         first = self.options.first_layer
         if first is None:
             first = FIRST_LAYER if self.options.class_statistics else 1.0
@@ -58,7 +88,8 @@ class SRe2L(TeacherMethod, ImageMethod):
         self.class_moments: dict[
             int, Tensor
         ] = {}  # by label, see `BatchNormLoss.moments`; the first step computes them
-        black, white = torch.zeros(1, *context.spec.shape), torch.ones(1, *context.spec.shape)
+        pixel = (1, *context.spec.shape[:-2], 1, 1)
+        black, white = torch.zeros(pixel), torch.ones(pixel)
         self.lowest, self.highest = (real.normalization.apply(255 * x).to(context.device) for x in (black, white))
         self.targets = torch.tensor(context.labels, device=context.device).repeat_interleave(self.ipc)
         order = []  # of the own images, flat
@@ -77,6 +108,11 @@ class SRe2L(TeacherMethod, ImageMethod):
                 self.class_moments[label] = self.batch_norm_loss.moments(self._real_images(label)).to(
                     self.context.device
                 )
+        block = self._block(i)
+        if i and block != self._block(i - 1):
+            images = self._resized(self.images.detach(), self.context.spec.shape[-1])
+            assert self.start is not None
+            self._start_block(self.options.residual * images + (1 - self.options.residual) * self.start, block)
         self.optimizer.param_groups[0]["lr"] = self.lr * (1 + math.cos(math.pi * i / self.context.steps)) / 2
         boxes, flipped = self._views(i)
         syn = self.images.detach().flatten(0, 1)
@@ -103,7 +139,43 @@ class SRe2L(TeacherMethod, ImageMethod):
         """Crops [own images, 4] and flips [own images] of a step; those of a class depend on (seed, step, class) only."""
         draws = [rng.generator(self.context.seed, "recovery view", step, label) for label in self.context.labels]
         numbers = torch.cat([torch.rand(self.ipc, 5, generator=draw) for draw in draws])
-        return resized_crop_boxes(numbers, self.options.recover_scale), numbers[:, 4] < 0.5 if self.flip else None
+        smallest = self.options.recover_scale
+        if self.options.crop_schedule == "cosine":
+            smallest += (1 - smallest) * (1 + math.cos(math.pi * step / self.context.steps)) / 2
+        return resized_crop_boxes(numbers, smallest), numbers[:, 4] < 0.5 if self.flip else None
+
+    def _block(self, step: int) -> int:
+        return step * self.options.blocks // self.context.steps
+
+    def _start_block(self, images: Tensor, block: int) -> None:
+        """Learn the images [own classes, ipc, *shape] in the size of a block, with a new optimizer."""
+        sizes = self.options.block_sizes or [self.context.spec.shape[-1]]
+        self.images = self._resized(images, sizes[block % len(sizes)]).requires_grad_(True)
+        self.optimizer = torch.optim.Adam([self.images], self.lr, (self.options.beta1, self.options.beta2))
+
+    def _resized(self, images: Tensor, size: int) -> Tensor:
+        """Images of any size [..., channels, height, width] in a square of `size` pixels; the same if they have it."""
+        if images.shape[-1] == size:
+            return images
+        flat = images.flatten(0, -4)
+        resized = F.interpolate(flat, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        return resized.view(*images.shape[:-2], size, size)
+
+    def real_images(self, label: int) -> Tensor:
+        """With `init: patches`, one random crop each of up to PATCHES kept images; those whose loss is in the middle."""
+        if self.init != "patches":
+            return super().real_images(label)
+        images = self.real.draw([label], PATCHES, "patches")[0].images
+        numbers = torch.rand(len(images), 4, generator=rng.generator(self.context.seed, "patch crops", label))
+        patches = crop_and_flip(images, resized_crop_boxes(numbers, PATCH_SCALE))
+        targets = torch.full((len(patches),), label, device=patches.device)
+        losses = F.cross_entropy(self.teacher.logits(patches), targets, reduction="none")
+        middle = (len(losses) - self.ipc) // 2
+        return patches[losses.argsort(stable=True)[middle : middle + self.ipc]]
+
+    def snapshot(self) -> tuple[Tensor, Tensor]:
+        images, labels = super().snapshot()
+        return self._resized(images, self.context.spec.shape[-1]), labels
 
     def _real_images(self, label: int) -> Iterable[Tensor]:
         """The kept images of a class, normalised [n, *shape], in parts that the teacher takes at one time."""
@@ -117,6 +189,10 @@ class SRe2L(TeacherMethod, ImageMethod):
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        size = state[f"images/{self.context.labels[0]}"].shape[-1]
+        if size != self.images.shape[-1]:  # of another block
+            self.images = self._resized(self.images.detach(), size).requires_grad_(True)
+            self.optimizer = torch.optim.Adam([self.images], self.lr, (self.options.beta1, self.options.beta2))
         super().load_state_dict(state)
         known = {label: state.get(f"class moments/{label}") for label in self.context.labels}
         self.class_moments = {

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import distill_at_scale as das
+from distill_at_scale.cli_work import STAGES, run_stages, work
 from distill_at_scale.core import command_line
 from distill_at_scale.core.error_messages import own_warnings_only, report_errors
-from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.terminal import replace_unknown_characters
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from distill_at_scale.core.progress import Display
 
 NAME = command_line.NAME
-STAGES = ("ingest", "score", "select", "distill", "evaluate", "report")
 
 CONFIG_HELP = "A YAML file, the name of a shipped configuration (`distill-at-scale configs`), or a run folder."
 OVERRIDES_HELP = "Keys to set, for example select.keep=0.1; in any place after CONFIG."
@@ -106,13 +105,13 @@ def run(config: ConfigName, overrides: Overrides = None) -> int:
     A stage whose valid output exists is skipped, and an interrupted one resumes. At the end the command prints the
     accuracy of the distilled set and the path of the report.
     """
-    return _work("run", config, overrides, lambda config, display: _run_stages(config, display, STAGES))
+    return work("run", config, overrides, lambda config, display: run_stages(config, display, STAGES))
 
 
 def _add_stage(stage: str, summary: str, *lines: str) -> None:
     @app.command(stage, help=summary, epilog=examples(*lines))
     def command(config: ConfigName, overrides: Overrides = None) -> int:
-        return _work(stage, config, overrides, lambda config, display: _run_stages(config, display, (stage,)))
+        return work(stage, config, overrides, lambda config, display: run_stages(config, display, (stage,)))
 
 
 _add_stage(
@@ -152,15 +151,6 @@ _add_stage(
     "report digits",
     "report digits run.dir=runs/ten",
 )
-
-
-def _run_stages(config: Config, display: Display, stages: Sequence[str]) -> None:
-    from distill_at_scale.pipeline.report.show import show_result
-    from distill_at_scale.storage.run_dir import RunDir
-
-    das.make_pipeline(config, display).run(stages)
-    if stages[-1] in ("evaluate", "report"):
-        show_result(RunDir.of(config.run), display.console)
 
 
 @app.command(epilog=examples("show runs/digits", "show runs/digits --json", "show s3://bucket/runs/digits"))
@@ -205,7 +195,7 @@ def validate(
     def body(config: Config, display: Display) -> int:
         return 1 if das.make_pipeline(config, display).validate(contents) else 0
 
-    return _work("validate", config, overrides, body)
+    return work("validate", config, overrides, body)
 
 
 @app.command(epilog=examples("plan digits", "plan digits distill.ipc=50 cluster.price=2.0"))
@@ -215,7 +205,7 @@ def plan(config: ConfigName, overrides: Overrides = None) -> int:
     It measures a few steps on this machine, and refuses what cannot fit. After a run it compares the estimates with
     what the run took.
     """
-    return _work("plan", config, overrides, das.plan_run)
+    return work("plan", config, overrides, das.plan_run)
 
 
 @app.command(epilog=examples("sweep sweep_digits", "sweep sweep_digits sweep.controls=[]"))
@@ -225,7 +215,7 @@ def sweep(config: ConfigName, overrides: Overrides = None) -> int:
     They are the combinations of sweep.space. Random and unpruned controls run, too. Writes sweep.html and
     sweep.parquet.
     """
-    return _work("sweep", config, overrides, das.run_sweep)
+    return work("sweep", config, overrides, das.run_sweep)
 
 
 @app.command(epilog=examples("study studies_digits", "study studies_digits studies.run='[drop]'"))
@@ -235,7 +225,7 @@ def study(config: ConfigName, overrides: Overrides = None) -> int:
     The questions of studies.run are answered by many short distillations on shared ingest and scores. Writes
     studies.html, and a file per study in studies/.
     """
-    return _work("study", config, overrides, das.run_studies)
+    return work("study", config, overrides, das.run_studies)
 
 
 @app.command(epilog=examples(
@@ -259,7 +249,7 @@ def compare(
     runs = [word for word in configs if "=" not in word or Path(word).exists()]
     overrides = [word for word in configs if word not in runs]
     first = runs[0] if runs else configs[0]
-    return _work("compare", first, overrides, lambda config, display: das.compare_runs(config, runs[1:], display))
+    return work("compare", first, overrides, lambda config, display: das.compare_runs(config, runs[1:], display))
 
 
 @app.command(epilog=examples(
@@ -298,7 +288,7 @@ def export(
         sets = {"imagefolder": imagefolder, "videofolder": videofolder, "parquet": parquet, "pt": pt}
         export(config, scores or [], kept or [], {kind: paths or [] for kind, paths in sets.items()}, display)
 
-    return _work("export", config, overrides, body, computes=False)
+    return work("export", config, overrides, body, computes=False)
 
 
 @app.command(epilog=examples("keys", "keys distill.dm", "keys select.keep", "keys --json > schema.json"))
@@ -388,56 +378,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = context.command_path if context else " ".join([NAME, *named])
         typer.echo(f"error: {error.format_message()}\nTry `{command} --help`.", err=True)
         return 2
-
-
-def _work(
-    name: str,
-    path: str,
-    overrides: Sequence[str] | None,
-    body: Callable[[Config, Display], int | None],
-    computes: bool = True,
-) -> int:
-    """Load the configuration, call `body`, and return the exit status; errors that the user can fix become one line.
-
-    A command that `computes` first says what it does, because torch and Ray take seconds to load. Work on a running cluster
-    is watched: the loss of its head ends the command with an error.
-    """
-    sys.path.append(os.getcwd())  # package.module:Object may name a module in the current folder
-    command_line.configured_by(path, overrides or ())
-
-    def command() -> int:
-        from distill_at_scale.config.load import load
-        from distill_at_scale.config.registry import check_built_in
-        from distill_at_scale.core.progress import Display
-
-        if "=" in path and not Path(path).exists():
-            raise UserError(f"CONFIG is missing: {path} is an override; write `{NAME} {name} CONFIG {path}`")
-        config, display = load(path, overrides or ()), Display()
-        check_built_in(config)
-        if computes:
-            display.say(das.opening(config, f"{name} {path}"))
-        address = das.ray_address(config)
-
-        def work() -> int:
-            stages = STAGES if name == "run" else (name,) if name in STAGES else ()
-            with das.started_early(config, display, stages):
-                if computes:
-                    from distill_at_scale.pipeline import warnings
-
-                    warnings.warn(config, display, overrides or ())
-                return body(config, display) or 0
-
-        if not computes or address in (None, "none") or "ray" in sys.modules or not hasattr(os, "fork"):
-            return work()
-        from distill_at_scale.cluster import head_watchdog
-
-        def connected() -> int:
-            with das.explained(config):
-                return work()
-
-        return head_watchdog.guarded(address, lambda: report_errors(connected))
-
-    return report_errors(command)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from distill_at_scale.core.collectives import SingleProcess
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import normalization_of
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
-from distill_at_scale.distillation.methods.base import MethodContext
+from distill_at_scale.distillation.methods.contract import MethodContext
 from distill_at_scale.distillation.methods.dc import DC
 from distill_at_scale.pruning.scoring.monte_carlo import Distil, spec_of
 

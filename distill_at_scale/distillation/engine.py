@@ -34,7 +34,8 @@ from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation import checkpoint, evaluate
 from distill_at_scale.distillation import student as students
 from distill_at_scale.distillation.methods import METHODS
-from distill_at_scale.distillation.methods.base import Method, MethodContext, too_few_message
+from distill_at_scale.distillation.methods.base import too_few_message
+from distill_at_scale.distillation.methods.contract import Method, MethodContext
 from distill_at_scale.distillation.refresh import Refresh
 from distill_at_scale.distillation.synthetic_set import SyntheticSet
 from distill_at_scale.models.spec import NetworkSpec

@@ -21,7 +21,8 @@ from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import Array
 from distill_at_scale.data.sampling.class_sampler import MAX_THREADS, ClassSampler
 from distill_at_scale.data.sampling.placement import kept_places, read_in_parts
-from distill_at_scale.distillation.methods.base import ImageMethod, Method
+from distill_at_scale.distillation.methods.base import ImageMethod
+from distill_at_scale.distillation.methods.contract import Method
 from distill_at_scale.pruning.selection.quotas import window
 from distill_at_scale.pruning.selection.ranking import build_ranking, ranks_of
 

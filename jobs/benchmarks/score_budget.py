@@ -42,7 +42,7 @@ from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import normalization_of
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation import student
-from distill_at_scale.distillation.methods.base import MethodContext
+from distill_at_scale.distillation.methods.contract import MethodContext
 from distill_at_scale.distillation.methods.dc import DC
 from distill_at_scale.experiments.studies.rankings import correlations
 from distill_at_scale.models.spec import NetworkSpec

@@ -30,7 +30,8 @@ from distill_at_scale.core.rng import derive
 from distill_at_scale.data.prepared.normalization import Normalization
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.engine import method_class
-from distill_at_scale.distillation.methods.base import ImageMethod, MethodContext
+from distill_at_scale.distillation.methods.base import ImageMethod
+from distill_at_scale.distillation.methods.contract import MethodContext
 from distill_at_scale.models.spec import NetworkSpec
 from jobs.benchmarks import textbook
 

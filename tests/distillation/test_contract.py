@@ -1,4 +1,4 @@
-"""The contract of a method (methods/base.py), for each entry of METHODS.
+"""The contract of a method (methods/contract.py), for each entry of METHODS.
 
 A method runs with its own small settings where SMALL has some, else with its defaults, on the tiny digits.
 """

@@ -1,4 +1,4 @@
-"""The distillation methods by name (`distill.method`), one file each; `base.py` is their contract."""
+"""The distillation methods by name (`distill.method`), one file each; `contract.py` is their contract."""
 
 from distill_at_scale.distillation.methods.coreset import Coreset
 from distill_at_scale.distillation.methods.dc import DC

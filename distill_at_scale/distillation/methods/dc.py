@@ -10,7 +10,7 @@ import torch
 from distill_at_scale.config.methods import DCSection
 from distill_at_scale.core.rng import generator
 from distill_at_scale.data.sampling.lookahead import DrawRequest
-from distill_at_scale.distillation.methods.base import Judge, MethodContext
+from distill_at_scale.distillation.methods.contract import Judge, MethodContext
 from distill_at_scale.distillation.methods.shared.gradient_distance import cosine_distance, gradient_in_parts
 from distill_at_scale.distillation.methods.shared.gradient_matching import MatchingMethod
 

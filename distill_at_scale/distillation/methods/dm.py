@@ -19,7 +19,8 @@ from distill_at_scale.core.rng import derive, generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.data.sampling.lookahead import DrawRequest
 from distill_at_scale.distillation.augment import Augmentation, AugmentParams, apply_each
-from distill_at_scale.distillation.methods.base import USUAL_WORKERS, ImageMethod, Judge, MethodContext
+from distill_at_scale.distillation.methods.base import USUAL_WORKERS, ImageMethod
+from distill_at_scale.distillation.methods.contract import Judge, MethodContext
 from distill_at_scale.distillation.methods.shared.treatment_effect import feature_effects
 from distill_at_scale.models.forward_mode import ForwardMode
 from distill_at_scale.models.precision import Precision, autocast

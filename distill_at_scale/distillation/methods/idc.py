@@ -19,7 +19,7 @@ from distill_at_scale.core.rng import generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.data.sampling.lookahead import DrawRequest
 from distill_at_scale.distillation.augment import Augmentation, AugmentParams, apply_each, cutmix
-from distill_at_scale.distillation.methods.base import FinalOutputs, MethodContext
+from distill_at_scale.distillation.methods.contract import FinalOutputs, MethodContext
 from distill_at_scale.distillation.methods.shared.gradient_distance import (
     absolute_distance,
     gradient_in_parts,

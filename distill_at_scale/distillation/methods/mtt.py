@@ -18,7 +18,8 @@ from distill_at_scale.core.errors import DistillationDiverged
 from distill_at_scale.core.rng import generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.augment import Augmentation
-from distill_at_scale.distillation.methods.base import Cost, FinalOutputs, ImageMethod, MethodContext
+from distill_at_scale.distillation.methods.base import ImageMethod
+from distill_at_scale.distillation.methods.contract import Cost, FinalOutputs, MethodContext
 from distill_at_scale.distillation.methods.shared import experts, unroll
 from distill_at_scale.distillation.student import TrainingProtocol
 

@@ -17,7 +17,7 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import RDEDSection
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
-from distill_at_scale.distillation.methods.base import Cost, FinalOutputs, MethodContext
+from distill_at_scale.distillation.methods.contract import Cost, FinalOutputs, MethodContext
 from distill_at_scale.distillation.methods.shared import patch_ranking
 from distill_at_scale.distillation.methods.shared.real_images import RealImagesMethod
 from distill_at_scale.distillation.methods.shared.teacher import TeacherMethod

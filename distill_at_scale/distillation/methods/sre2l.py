@@ -27,7 +27,8 @@ from distill_at_scale.core import rng
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.ingest.sample_types import sample_shape
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
-from distill_at_scale.distillation.methods.base import Cost, ImageMethod, MethodContext
+from distill_at_scale.distillation.methods.base import ImageMethod
+from distill_at_scale.distillation.methods.contract import Cost, MethodContext
 from distill_at_scale.distillation.methods.shared.teacher import TeacherMethod
 from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, crop_and_flip, resized_crop_boxes
 from distill_at_scale.distillation.student import TrainingProtocol

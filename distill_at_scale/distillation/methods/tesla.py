@@ -15,7 +15,7 @@ from torch import Tensor
 from distill_at_scale.config.load import Config
 from distill_at_scale.config.methods import TESLASection
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
-from distill_at_scale.distillation.methods.base import FinalOutputs
+from distill_at_scale.distillation.methods.contract import FinalOutputs
 from distill_at_scale.distillation.methods.mtt import MTT
 from distill_at_scale.distillation.methods.shared import unroll
 from distill_at_scale.distillation.soft_labels import TeacherFacts

@@ -22,7 +22,7 @@ from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.core.rng import derive, generator
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation.augment import Augmentation
-from distill_at_scale.distillation.methods.base import MethodContext
+from distill_at_scale.distillation.methods.contract import MethodContext
 from distill_at_scale.models.precision import autocast
 from distill_at_scale.models.spec import mixes_samples
 from distill_at_scale.pruning.infobatch import InfoBatch

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill_at_scale.config.load import Config
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
-from distill_at_scale.distillation.methods.base import Method, MethodContext
+from distill_at_scale.distillation.methods.contract import Method, MethodContext
 
 
 class RealImagesMethod(Method):

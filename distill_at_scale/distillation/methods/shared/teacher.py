@@ -28,7 +28,7 @@ from distill_at_scale.data.prepared.normalization import Normalization, normaliz
 from distill_at_scale.data.sampling.class_sampler import ClassSampler
 from distill_at_scale.distillation import soft_labels
 from distill_at_scale.distillation.augment import Augmentation
-from distill_at_scale.distillation.methods.base import Cost, FinalOutputs, Method, MethodContext
+from distill_at_scale.distillation.methods.contract import Cost, FinalOutputs, Method, MethodContext
 from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, TeacherFacts
 from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models import pretrained, weight_check

@@ -19,7 +19,6 @@ from distill_at_scale.data.ingest import plan as ingest_plan
 from distill_at_scale.data.prepared import manifest
 from distill_at_scale.distillation import engine as distill
 from distill_at_scale.distillation import evaluate
-from distill_at_scale.distillation.summary import summarize
 from distill_at_scale.pipeline.executors import tasks
 from distill_at_scale.pipeline.executors.base import no_poll
 from distill_at_scale.pipeline.executors.local import LocalExecutor
@@ -45,24 +44,6 @@ def outputs(folder: Path) -> dict[str, bytes]:
         if p.is_file()
     ]
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}
-
-
-def test_a_run_leaves_its_artefacts(digits_run):
-    for name in (
-        "prepared/dataset.json",
-        "rejected.parquet",
-        "scores.parquet",
-        "manifest.parquet",
-        "synthetic/card.json",
-        "synthetic/synthetic.safetensors",
-        "synthetic/preview.png",
-        "evaluation.json",
-        "metrics.jsonl",
-        "run.json",
-    ):
-        assert (digits_run.dir / name).is_file()
-    assert not any((digits_run.dir / ".work").iterdir())
-    assert not list(digits_run.dir.rglob("*.tmp"))
 
 
 def test_a_killed_commands_leftovers_are_swept(make_run, tmp_path):
@@ -121,60 +102,6 @@ def test_a_scored_run_no_longer_needs_its_weights(make_run, digits_run, tmp_path
     shutil.rmtree(tmp_path / "moved")
     gone = make_run(tmp_path / "run", score__weights=files).stages("score", "select", "distill")
     assert "distill: finished" in gone.text
-
-
-def test_validate_lists_what_is_broken_and_changes_nothing(make_run, tmp_path):
-    for k in range(4):
-        for name in ("a", "b"):
-            path = tmp_path / "data" / "train" / name / f"{k}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.full((8, 8), 9 * k, np.uint8)).save(path)
-    (tmp_path / "data" / "train" / "a" / "0.png").write_bytes(b"broken")
-    (tmp_path / "data" / "train" / "b" / "1.png").unlink()
-    (tmp_path / "data" / "train" / "b" / "1.png").symlink_to(tmp_path / "nowhere.png")
-    keys = {
-        "data__source": "imagefolder",
-        "data__path": str(tmp_path / "data"),
-        "data__classes": None,
-        "data__holdout": None,
-    }
-    run = make_run(tmp_path / "run", **keys)
-    assert run.pipeline.validate() == 2
-    rows = pq.read_table(tmp_path / "run" / "validation.parquet").to_pylist()
-    assert [row["sample_id"] for row in rows] == ["train/a/0.png", "train/b/1.png"]
-    assert "2 of 8 samples cannot be used" in run.text
-    assert not (tmp_path / "run" / "prepared").exists()
-    for k in range(4):
-        (tmp_path / "data" / "train" / "a" / f"{k}.png").write_bytes(b"broken")
-    with pytest.raises(UserError, match="no training sample of the class 'a' can be used"):
-        make_run(tmp_path / "run", **keys).pipeline.validate()
-
-
-def test_the_run_file_records_configuration_and_surroundings(digits_run):
-    facts = json.loads((digits_run.dir / "run.json").read_text(encoding="utf-8"))
-    assert facts["config"]["distill"]["width"] == 8
-    assert facts["versions"]["torch"]
-    assert facts["hardware"]["cores"] >= 1
-    assert set(facts["seconds"]) == set(CORE)
-
-
-def test_the_manifest_holds_the_selection_and_where_it_comes_from(digits_run):
-    table, facts = manifest.read(digits_run.dir / "manifest.parquet")
-    counts = np.bincount(table["label"].to_numpy())
-    assert facts["kept_per_class"] == [int(0.2 * n + 0.5) for n in counts]
-    assert (facts["asked"], facts["criterion"], facts["order"]) == ({"keep": 0.2}, "loss", "useful")
-    record = digits_run.pipeline.dir.record("select")
-    assert facts["fingerprint"] == record["fingerprint"]
-    assert facts["scores"] == record["content"]["score"]
-    assert facts["reached"] == pytest.approx(sum(facts["kept_per_class"]) / counts.sum())
-
-
-def test_the_evaluation_has_a_row_per_job_and_a_summary(digits_run):
-    evaluation = json.loads((digits_run.dir / "evaluation.json").read_text(encoding="utf-8"))
-    jobs = [evaluate.EvaluationJob(row["set"], row["network"], row["seed"]) for row in evaluation["rows"]]
-    assert jobs == evaluate.jobs(digits_run.config)
-    assert evaluation["summary"] == summarize(evaluation["rows"])
-    assert all({"top1", "top5", "seconds"} <= set(row) for row in evaluation["rows"])
 
 
 def test_a_second_run_does_nothing_and_says_so(make_run, copied):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.errors import UserError
@@ -77,3 +80,30 @@ def test_more_images_than_samples_are_seen_before_anything_is_decoded(tmp_path, 
     with pytest.raises(UserError, match=r"the class '0' has \d+ samples, fewer than distill\.ipc = 1000"):
         run.pipeline.validate()
     assert not (run.dir / "validation.parquet").exists()
+
+
+def test_validate_lists_what_is_broken_and_changes_nothing(make_run, tmp_path):
+    for k in range(4):
+        for name in ("a", "b"):
+            path = tmp_path / "data" / "train" / name / f"{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8), 9 * k, np.uint8)).save(path)
+    (tmp_path / "data" / "train" / "a" / "0.png").write_bytes(b"broken")
+    (tmp_path / "data" / "train" / "b" / "1.png").unlink()
+    (tmp_path / "data" / "train" / "b" / "1.png").symlink_to(tmp_path / "nowhere.png")
+    keys = {
+        "data__source": "imagefolder",
+        "data__path": str(tmp_path / "data"),
+        "data__classes": None,
+        "data__holdout": None,
+    }
+    run = make_run(tmp_path / "run", **keys)
+    assert run.pipeline.validate() == 2
+    rows = pq.read_table(tmp_path / "run" / "validation.parquet").to_pylist()
+    assert [row["sample_id"] for row in rows] == ["train/a/0.png", "train/b/1.png"]
+    assert "2 of 8 samples cannot be used" in run.text
+    assert not (tmp_path / "run" / "prepared").exists()
+    for k in range(4):
+        (tmp_path / "data" / "train" / "a" / f"{k}.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match="no training sample of the class 'a' can be used"):
+        make_run(tmp_path / "run", **keys).pipeline.validate()

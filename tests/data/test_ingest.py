@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import io
 import json
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import TINY
+from ingest_cases import decode, digits_config, folder_config, prepare
 from PIL import Image
 
 from distill_at_scale.config import load as configuration
@@ -24,45 +22,15 @@ from distill_at_scale.data.ingest import chunks as parts
 from distill_at_scale.data.ingest import merge as merging
 from distill_at_scale.data.ingest import plan as ingest
 from distill_at_scale.data.ingest.chunks import ingest_chunk, part_path, recipe_of
-from distill_at_scale.data.ingest.merge import merge
-from distill_at_scale.data.ingest.reasons import kinds_of
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.format import pixels_of
 from distill_at_scale.data.sources import SOURCES
-from distill_at_scale.data.sources.base import listing
-from distill_at_scale.pipeline import validate
 
 
 def png(level: int, side: int = 8) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.full((side, side, 3), level, np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def folder_config(root: Path, **data) -> configuration.Config:
-    return configuration.validate({"data": {"source": "imagefolder", "path": str(root), "size": 8, "chunk": 4, **data}})
-
-
-def digits_config(seed: int = 0, **data) -> configuration.Config:
-    return configuration.validate({"run": {"seed": seed}, "data": {**TINY["data"], **data}})
-
-
-def decode(
-    plan: ingest.IngestPlan, config: configuration.Config, parts: Path, backwards: bool = False
-) -> tuple[int, int]:
-    """Ingest each chunk into its part file; returns (used, rejected)."""
-    parts.mkdir(parents=True, exist_ok=True)
-    source, counts = ingest.open_source(config.data), []
-    for split, index, rows in plan.chunks(config.data.chunk)[:: -1 if backwards else 1]:
-        counts.append(ingest_chunk(source, recipe_of(config), rows, part_path(parts, split, index)))
-    return sum(used for used, _ in counts), sum(bad for _, bad in counts)
-
-
-def prepare(config: configuration.Config, folder: Path, backwards: bool = False) -> PreparedDataset:
-    plan = ingest.plan(config)
-    decode(plan, config, folder / "pieces", backwards)
-    merge(plan, folder / "pieces", folder / "prepared", config.data)
-    return PreparedDataset(folder / "prepared")
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -239,65 +207,14 @@ def test_a_test_split_that_loses_everything_leaves_the_rest(pictures, tmp_path):
     assert not prepared.has_test()
 
 
-def held_out(config: configuration.Config) -> set[str]:
-    return set(ingest.plan(config).listings["test"]["sample_id"].to_pylist())
-
-
-def test_a_holdout_takes_its_share_of_every_class():
-    plan = ingest.plan(digits_config(holdout=0.25))
-    train, test = (Counter(plan.listings[split]["label"].to_pylist()) for split in ("train", "test"))
-    for label, whole in enumerate((178, 182, 177)):
-        assert (train[label], test[label]) == (whole - int(whole * 0.25 + 0.5), int(whole * 0.25 + 0.5))
-    ids = plan.listings["train"]["sample_id"].to_pylist() + plan.listings["test"]["sample_id"].to_pylist()
-    assert len(set(ids)) == len(ids) == 537
-
-
-def test_a_holdout_is_decided_by_the_seed():
-    assert held_out(digits_config(0)) == held_out(digits_config(0))
-    assert held_out(digits_config(0)) != held_out(digits_config(1))
-
-
-def test_a_holdout_does_not_depend_on_the_order_of_the_listing(monkeypatch):
-    before = held_out(digits_config())
-    plain = SOURCES["digits"].listing
-    monkeypatch.setattr(
-        SOURCES["digits"], "listing", lambda self, split: plain(self, split).take(np.arange(1797)[::-1].copy())
-    )
-    assert held_out(digits_config()) == before
-
-
 def test_no_holdout_is_taken_if_the_source_has_a_test_split(pictures):
     assert ingest.plan(folder_config(pictures, holdout=0.5)).listings["train"].num_rows == 12
-
-
-def test_a_holdout_too_small_for_a_single_sample_is_refused_or_leaves_no_test_split(tmp_path):
-    with contextlib.suppress(UserError):
-        assert not prepare(digits_config(holdout=0.001), tmp_path).has_test()
 
 
 def test_a_test_split_without_the_chosen_classes_does_not_stop_the_ingest(pictures, tmp_path):
     (pictures / "val" / "cat" / "0.png").unlink()
     prepared = prepare(folder_config(pictures, classes=["cat"]), tmp_path)
     assert (prepared.counts("train"), prepared.has_test()) == ([6], False)
-
-
-def test_classes_choose_a_subset_in_the_given_order(tmp_path):
-    prepared = prepare(digits_config(classes=["7", "2"]), tmp_path)
-    assert prepared.class_names == ["7", "2"]
-    labels_by_id = {
-        row["sample_id"]: row["label"] for row in SOURCES["digits"](digits_config().data).listing("train").to_pylist()
-    }
-    ids, labels = prepared.index("train")
-    assert {(labels_by_id[i], label) for i, label in zip(ids, labels.tolist(), strict=True)} == {(7, 0), (2, 1)}
-    assert sum(prepared.counts("train")) + sum(prepared.counts("test")) == 179 + 177
-
-
-@pytest.mark.parametrize(
-    ("classes", "message"), [(["3", "x"], "'x' is not a class"), (["3", "3"], "each once"), ([], "at least one")]
-)
-def test_classes_that_make_no_sense_are_refused(classes, message):
-    with pytest.raises(UserError, match=message):
-        ingest.plan(digits_config(classes=classes))
 
 
 def test_pixels_pass_the_ingest_unchanged(digits_run):
@@ -394,46 +311,6 @@ def test_at_most_four_reads_are_in_memory(tmp_path, monkeypatch):
     assert max(most) <= 4
 
 
-def same_ids(listings: dict[str, list[int]]) -> ingest.IngestPlan:
-    """A plan whose splits use the same ids, as WebDataset's keys and Hugging Face's paths may."""
-    tables = {
-        split: listing([f"{i}.png" for i in range(len(labels))], labels, [split] * len(labels), [0] * len(labels))
-        for split, labels in listings.items()
-    }
-    return ingest.IngestPlan(["cat", "dog"], ["cat", "dog"], tables, "")
-
-
-def rejected(folder: Path, split: str, *bad: tuple[str, str]) -> None:
-    table = pa.Table.from_pylist(
-        [{"sample_id": i, "location": split, "reason": why, "used": False} for i, why in bad], parts.REJECTED
-    )
-    pq.write_table(table, parts.rejected_path(part_path(folder, split, 0)))
-
-
-def test_a_rejected_test_sample_does_not_count_against_a_training_sample_of_the_same_id(tmp_path):
-    plan = same_ids({"train": [0, 1], "test": [0, 1]})
-    rejected(tmp_path, "train")
-    rejected(tmp_path, "test", ("1.png", "empty"))
-    bad = merging.write_rejected(plan, tmp_path, tmp_path / "rejected.parquet", 4)
-    assert bad.to_pylist() == [
-        {"sample_id": "1.png", "location": "test", "reason": "empty", "used": False, "split": "test"}
-    ]
-    assert pq.read_table(tmp_path / "rejected.parquet").equals(bad)
-    assert "1 of 4 samples cannot be used" in validate.summary(plan, bad, tmp_path)[0]
-    rejected(tmp_path, "train", ("1.png", "damaged"))
-    bad = merging.write_rejected(plan, tmp_path, tmp_path / "rejected.parquet", 4)
-    with pytest.raises(UserError, match="no training sample of the class 'dog' can be used"):
-        validate.summary(plan, bad, tmp_path)
-
-
-def test_the_reason_why_a_class_lost_everything_is_that_of_a_training_sample(tmp_path):
-    plan = same_ids({"train": [0, 1], "test": [0, 1]})
-    rejected(tmp_path, "train", ("1.png", "damaged"))
-    rejected(tmp_path, "test", ("1.png", "empty"))
-    bad = merging.write_rejected(plan, tmp_path, tmp_path / "rejected.parquet", 4)
-    assert "'1.png': damaged" in merging._all_rejected(plan, 1, bad, tmp_path)
-
-
 def test_what_the_source_holds_is_described_in_one_line(tmp_path):
     for file in ("train/cat/0", "train/cat/1", "train/dog/2", "train/emu/3", "val/cat/4", "val/dog/5", "val/emu/6"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -448,13 +325,3 @@ def test_what_the_source_holds_is_described_in_one_line(tmp_path):
     assert "; test (held out): " in held_out
     alone = ingest.plan(folder_config(tmp_path, classes=["cat"], train_split="val"))
     assert alone.describe() == "1 class (cat); train (the val split): 1 sample, 1 per class"
-
-
-def test_kinds_of_reasons_keep_the_words_and_numbers_that_all_reasons_share():
-    convert = "floating-point pixels; convert the image to 8 or 16 bits"
-    large = [f"{size},000 bytes, more than data.max_bytes = 1,000; see '{size}.png'" for size in (5, 6, 7)]
-    assert kinds_of([convert, *large, convert, "cut at 3", "cut at 4"]) == {
-        "… bytes, more than data.max_bytes = 1,000; see …": [1, 2, 3],
-        convert: [0, 4],
-        "cut at …": [5, 6],
-    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import random
 import struct
 import warnings
@@ -11,43 +10,10 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from image_cases import decibels, encoded, in_full, photo, picture
+from PIL import Image
 
-from distill_at_scale.data.codecs.image import FORMATS, ImageDecoder, SampleRejected, decode_stored, encode
-
-
-def picture(width: int = 12, height: int = 8) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def photo(width: int = 500, height: int = 375) -> Image.Image:
-    """Smooth colours, waves of all lengths down to 6 pixels, a little noise: like a photo, no two corners alike."""
-    y, x = np.mgrid[:height, :width].astype(float)
-    noise = np.random.default_rng(0).normal(0, 4, (height, width, 3))
-    waves = [np.sin(x / 2 + y / 5), np.cos(y / 1.5 - x / 9), np.sin((x + y) / 30)]
-    ramps = [x / width, y / height, 1 - x / width]
-    image = np.stack([25 * wave + 40 + 150 * ramp for wave, ramp in zip(waves, ramps, strict=True)], -1) + noise
-    return Image.fromarray(image.clip(0, 255).astype(np.uint8))
-
-
-def in_full(raw: bytes, size: int, mode: str = "RGB", crop: bool = False) -> np.ndarray:
-    """The reference: every pixel decoded, turned, and resized in one antialiased bicubic step."""
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(raw))).convert(mode)
-    side, (width, height) = min(image.size), image.size
-    left, top = (width - side) // 2, (height - side) // 2
-    box = (left, top, left + side, top + side) if crop else (0, 0, width, height)
-    decoded = image.resize((size, size), Image.Resampling.BICUBIC, box)
-    return np.asarray(decoded)[None] if mode == "L" else np.asarray(decoded).transpose(2, 0, 1)
-
-
-def decibels(decoded: np.ndarray, expected: np.ndarray) -> float:
-    return 10 * math.log10(255**2 / max(float(((decoded.astype(float) - expected) ** 2).mean()), 1e-3))
+from distill_at_scale.data.codecs.image import FORMATS, ImageDecoder, SampleRejected
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -181,56 +147,6 @@ def test_any_bytes_decode_or_are_rejected(kind):
             except SampleRejected:
                 continue
             assert decoded.shape == (3, 8, 8)
-
-
-@pytest.mark.parametrize(
-    ("width", "height", "size", "decoded"),
-    [
-        (500, 375, 64, (125, 94)),  # a quarter: 93.75 is at least 1.25 x 64
-        (500, 375, 128, (250, 188)),
-        (500, 375, 224, (500, 375)),  # half of it would be too small
-        (258, 258, 64, (129, 129)),  # a quarter would leave 64.5 pixels, hardly more than asked
-        (320, 320, 64, (80, 80)),
-        (2000, 90, 64, (2000, 90)),  # the shorter side decides
-        (2000, 170, 64, (1000, 85)),
-        (90, 2000, 64, (90, 2000)),
-        (40, 30, 64, (40, 30)),
-    ],
-)
-@pytest.mark.parametrize("resize", ["square", "crop"])
-def test_a_jpeg_is_decoded_at_the_smallest_scale_that_keeps_a_margin_on_its_shorter_side(
-    width, height, size, decoded, resize
-):
-    raw = encoded(photo(width, height), "JPEG")
-    assert ImageDecoder(size, resize=resize)._open(raw)[0].size == decoded
-
-
-@pytest.mark.parametrize("shape", [(500, 375), (375, 500), (501, 379), (322, 330), (1500, 120), (97, 801)])
-@pytest.mark.parametrize("resize", ["square", "crop"])
-@pytest.mark.parametrize("size", [32, 64, 128])
-def test_scaled_decoding_stays_within_39_decibels_of_the_full_decode(shape, resize, size):
-    raw = encoded(photo(*shape), "JPEG", quality=90)
-    decoded = ImageDecoder(size, resize=resize)(raw)
-    assert decibels(decoded, in_full(raw, size, crop=resize == "crop")) >= 39  # mean error below two levels
-
-
-@pytest.mark.parametrize("options", [{"progressive": True}, {"restart_marker_rows": 1}, {"subsampling": 0}])
-@pytest.mark.parametrize("size", [64, 300])
-def test_progressive_jpegs_and_restart_markers_are_read(options, size):
-    raw = encoded(photo(), "JPEG", quality=90, **options)
-    assert decibels(ImageDecoder(size)(raw), in_full(raw, size)) >= 40
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize(("kind", "resize"), [("JPEG", "square"), ("JPEG", "crop"), ("PNG", "crop")])
-def test_all_eight_orientations_are_followed_when_a_photo_is_scaled_down(orientation, kind, resize):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    raw = encoded(photo(500, 374), kind, exif=exif)  # an odd crop would differ by the one pixel that is left over
-    decoded, expected = ImageDecoder(64, resize=resize)(raw), in_full(raw, 64, crop=resize == "crop")
-    assert decibels(decoded, expected) >= 40
-    others = [np.rot90(expected, k, (1, 2)) for k in (1, 2, 3)] + [expected[:, ::-1], expected[:, :, ::-1]]
-    assert all(decibels(decoded, other) < 30 for other in others)
 
 
 @pytest.mark.parametrize("value", [0, 9, 6000])
@@ -417,82 +333,3 @@ def test_an_array_of_the_right_shape_is_copied_without_pillow(monkeypatch, shape
 def test_other_arrays_are_converted_like_files(raw, channels):
     expected = ImageDecoder(8, channels)(encoded(Image.fromarray(raw)))
     assert np.array_equal(ImageDecoder(8, channels)(raw), expected)
-
-
-def pixels(channels: int = 3, height: int = 60, width: int = 45) -> np.ndarray:
-    image = photo(width, height)
-    return np.asarray(image.convert("L"))[None] if channels == 1 else np.asarray(image).transpose(2, 0, 1)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(("height", "width"), [(60, 45), (16, 16), (1, 1), (7, 130)])
-def test_a_stored_image_decodes_nearly_unchanged_into_its_own_memory(channels, height, width):
-    image = pixels(channels, height, width)
-    decoded = decode_stored(encode(image, 95), image.shape)
-    assert (decoded.shape, decoded.dtype, decoded.flags.c_contiguous, decoded.flags.writeable) == (
-        image.shape,
-        np.uint8,
-        1,
-        1,
-    )
-    assert decibels(decoded, image) >= 35
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_stored_image_reads_bit_for_bit_as_pillow_reads_it(channels):
-    image = pixels(channels, 224, 224)
-    data = encode(image, 90)
-    decoded = np.asarray(Image.open(io.BytesIO(data)))
-    assert np.array_equal(
-        decode_stored(data, image.shape), decoded[None] if channels == 1 else decoded.transpose(2, 0, 1)
-    )
-
-
-def test_storing_is_deterministic_and_a_better_quality_is_larger_and_nearer():
-    image = pixels()
-    assert encode(image, 90) == encode(image.copy(), 90) == encode(np.ascontiguousarray(image), 90)
-    coarse, fine = encode(image, 70), encode(image, 95)
-    assert len(coarse) < len(fine)
-    assert decibels(decode_stored(coarse, image.shape), image) < decibels(decode_stored(fine, image.shape), image)
-
-
-def test_noise_is_stored_at_every_quality():
-    noise = np.random.default_rng(0).integers(0, 256, (3, 96, 96), np.uint8)
-    assert all(decode_stored(encode(noise, quality), noise.shape).std() > 50 for quality in (50, 90, 95, 100))
-
-
-def test_colour_detail_survives_storing():
-    image = np.zeros((3, 32, 32), np.uint8)
-    image[0, :, ::2], image[2, :, 1::2] = 255, 255  # columns of red and blue, one pixel each
-    assert np.abs(decode_stored(encode(image, 90), image.shape).astype(int) - image).mean() < 12
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_damaged_stored_image_is_rejected(channels):
-    image = pixels(channels)
-    data = encode(image, 90)
-    for end in range(len(data)):
-        with pytest.raises(SampleRejected, match="stored image is damaged"):
-            decode_stored(data[:end], image.shape)
-    for rubbish in (b"\0" * 500, encoded(picture())):
-        with pytest.raises(SampleRejected, match="stored image is damaged"):
-            decode_stored(rubbish, image.shape)
-
-
-@pytest.mark.parametrize("shape", [(3, 45, 60), (1, 60, 45), (3, 60, 46)])
-def test_a_stored_image_of_another_shape_is_rejected_and_both_are_named(shape):
-    with pytest.raises(SampleRejected) as caught:
-        decode_stored(encode(pixels(), 90), shape)
-    assert str(caught.value) == f"stored image has the shape (3, 60, 45) (C, H, W), not {shape}"
-
-
-def test_real_photos_scale_within_38_decibels_and_are_stored_in_a_quarter_of_their_original_size(shared_data):
-    paths = sorted((shared_data / "imagenette" / "val").rglob("*.JPEG"))[::40]
-    stored = []
-    for path in paths:
-        raw = path.read_bytes()
-        assert decibels(ImageDecoder(64)(raw), in_full(raw, 64)) >= 38
-        image = ImageDecoder(224)(raw)
-        stored.append(encode(image, 90))
-        assert decibels(decode_stored(stored[-1], image.shape), image) >= 36
-    assert sum(map(len, stored)) / len(stored) < 110_000 / 4

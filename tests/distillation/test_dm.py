@@ -1,11 +1,22 @@
-"""Distribution matching: groups of classes, and rule ite in its steps."""
+"""Distribution matching against a reference step, with groups of classes, and with runtime pruning."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 from conftest import Calls, as_if_compiled
-from matching_cases import CLASSES, all_images_of, assert_close, image_gradient, make_method, make_sampler
+from matching_cases import (
+    CLASSES,
+    CPU,
+    HELD,
+    all_images_of,
+    assert_close,
+    image_gradient,
+    make_method,
+    make_sampler,
+)
 
 from distill_at_scale.config import load as configuration
 from distill_at_scale.config.methods import SIAMESE_AUGMENT
@@ -17,7 +28,6 @@ from distill_at_scale.distillation.methods import dm
 from distill_at_scale.distillation.methods.base import MethodContext
 from distill_at_scale.models.spec import NetworkSpec
 
-CPU = torch.device("cpu")
 RULES = {"none": {}, "loss": {"rule": "loss", "drop": 0.4}, "ite": {"rule": "ite", "drop": 0.4, "probes": 4}}
 
 
@@ -176,3 +186,41 @@ def test_bf16_changes_the_real_side_of_a_step_by_little(monkeypatch):
         gradients.append(method.images.grad)
     assert not torch.equal(*gradients)
     assert float((gradients[0] - gradients[1]).norm()) < 0.03 * float(gradients[0].norm())
+
+
+def test_a_dm_step_matches_the_reference():
+    pool = make_sampler()
+    method = make_method("dm", pool)
+    before, actual = image_gradient(method)
+    images = before.clone().requires_grad_(True)
+    loss = torch.zeros(())
+    for label in range(CLASSES):
+        feature = torch.stack([method.context.spec.network.embed(x[None])[0] for x in all_images_of(pool, label)]).mean(
+            0
+        )
+        mine = torch.stack([method.context.spec.network.embed(x[None])[0] for x in images[label]]).mean(0)
+        loss = loss + ((feature - mine) ** 2).sum()
+    assert_close(actual, torch.autograd.grad(loss, images)[0])
+
+
+@pytest.mark.parametrize("drop", [0.3, 0.99])
+def test_dm_drops_the_samples_farthest_from_the_real_mean_and_nearest_to_it(drop):
+    pool = make_sampler()
+    method = make_method("dm", pool, runtime={"rule": "loss", "drop": drop})
+    before, actual = image_gradient(method)
+    images, embed = before.clone().requires_grad_(True), method.context.spec.network.embed
+    loss = torch.zeros(())
+    for label in range(CLASSES):
+        features, mine = embed(all_images_of(pool, label)).detach(), embed(images[label]).mean(0)
+        order = sorted(range(HELD), key=lambda k: (features[k] - features.mean(0)).square().sum().item())
+        dropped = min(math.floor(drop * HELD), HELD - 1)
+        kept = order[dropped // 2 : HELD - dropped + dropped // 2]
+        loss = loss + (features[kept].mean(0) - mine).square().sum()
+    assert_close(actual, torch.autograd.grad(loss, images)[0])
+
+
+def test_dm_embeds_only_samples_forecast_to_count_between_full_observations():
+    pool = make_sampler()
+    method = make_method("dm", pool, runtime={"rule": "loss", "drop": 0.34, "refresh": 3})
+    shares = [method.step(i)["real_share"] for i in range(4)]
+    assert shares == pytest.approx([1, 6 / 9, 6 / 9, 1])

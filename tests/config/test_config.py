@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import typing
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-from distill_at_scale.config import keys, typed_yaml
+from distill_at_scale.config import keys
 from distill_at_scale.config import load as config
 from distill_at_scale.config.fields import flatten
-from distill_at_scale.config.registry import ALIASES, resolve
 from distill_at_scale.core.errors import UserError
-from distill_at_scale.data.sources import SOURCES
-from distill_at_scale.distillation.methods import METHODS
-from distill_at_scale.models.spec import NETWORKS
 from distill_at_scale.pipeline.validate import check_names
-from distill_at_scale.pruning.criteria import CRITERIA
 
 
 @pytest.fixture
@@ -174,74 +168,12 @@ def test_a_problem_between_two_keys_is_said_without_the_whole_section(load):
 
 
 ALL_KEYS = [key for section in keys.sections(config.Config) for key in section.keys]
-TEXT_KEYS = [key for key in ALL_KEYS if keys.is_text(key.annotation) and not keys.choices(key.annotation)]
-LOOK_ALIKES = ["exp #7", "12:30", "2024-01-01", "no", "yes", "off", "1e3", "0x10", "5", "a: b", "~", "*x", "&x", "!x y",
-               "%x", "@x", "- a", "a\\b", " a ", "s3://b/x-{0000..0003}.tar?region=us-east-1", "none", "it's"]  # fmt: skip
 
 
 def value_at(loaded, name):
     for part in name.split("."):
         loaded = getattr(loaded, part)
     return loaded
-
-
-def test_the_text_keys_are_those_that_hold_free_text():
-    """A mapping or a list may stand in their place; a number or a date may not."""
-    names = {key.name for key in TEXT_KEYS}
-    assert {"run.dir", "data.path", "data.classes", "score.criterion", "evaluate.networks", "cluster.address",
-            "distill.dsa.augment", "track.mlflow.experiment", "select.criterion"} <= names  # fmt: skip
-    assert not {"select.keep", "distill.ipc", "data.frames", "distill.workers", "score.imported"} & names
-    assert len(names) > 30
-
-
-@pytest.mark.parametrize("key", TEXT_KEYS, ids=lambda key: key.name)
-def test_a_text_key_takes_the_text_of_an_override_as_it_is(key):
-    for text in LOOK_ALIKES:
-        assert typed_yaml.read_override(text, config.Config, key.annotation) == text
-
-
-@pytest.mark.parametrize("key", TEXT_KEYS, ids=lambda key: key.name)
-def test_a_text_key_takes_the_characters_of_a_plain_value_in_a_file(key):
-    section, _, name = key.name.rpartition(".")
-    annotation = keys.annotation_of(config.Config, section)
-    for text in ["12:30", "2024-01-01", "no", "yes", "off", "1e3", "0x10", "5", "1_000"]:
-        assert typed_yaml.read(f"{name}: {text}", config.Config, annotation) == {name: text}
-        if keys.entry_of_list(key.annotation):
-            assert typed_yaml.read(f"{name}: [{text}, a]", config.Config, annotation) == {name: [text, "a"]}
-
-
-@pytest.mark.parametrize(
-    ("override", "value"),
-    [
-        ("data.path=null", None),
-        ("data.path=", None),
-        ("data.path='null'", "null"),
-        ("data.path='a b'", "a b"),
-        ('data.path="a #b"', "a #b"),
-        ("data.path='a' and 'b'", "'a' and 'b'"),
-        ("run.dir=null", "null"),
-        ("cluster.address=null", None),
-        ("cluster.address=none", "none"),
-        ("data.classes=[no, 8, 2024-01-01]", ["no", "8", "2024-01-01"]),
-        ("data.classes='[8]'", "[8]"),
-        ("data.classes={a}", "{a}"),
-        ("data.path=[a]", "[a]"),
-        ("score.imported={x: 12:30, 1: no}", {"x": "12:30", "1": "no"}),
-        ("score.imported.x=a #b", {"x": "a #b"}),
-        ("select.criterion={loss: 0.5}", {"loss": 0.5}),
-        ("sweep.space={data.path: [2024-01-01, no], select.keep: [0.1]}",
-         {"data.path": ["2024-01-01", "no"], "select.keep": [0.1]}),
-        ("studies.across.sets={a: {data.path: 12:30, data.frames: 8}}", {"a": {"data.path": "12:30", "data.frames": 8}}),
-        ("distill.options={at: 12:30, on: 2024-01-01, n: 010, x: 1e3, y: 0x10, z: 1_000, w: -.inf, 1: yes}",
-         {"at": "12:30", "on": "2024-01-01", "n": "010", "x": 1000.0, "y": 16, "z": 1000, "w": -math.inf, "1": True}),
-        ("cluster.grows=yes", True),
-    ],
-)  # fmt: skip
-def test_the_type_of_a_key_decides_how_an_override_is_read(override, value):
-    name, _, text = override.partition("=")
-    annotation = keys.annotation_of(config.Config, name)
-    read = typed_yaml.read_override(text, config.Config, annotation)
-    assert read == (value[name.rpartition(".")[2]] if name == "score.imported.x" else value)
 
 
 @pytest.mark.parametrize(
@@ -435,76 +367,3 @@ def test_flatten_gives_dotted_keys():
     flat = flatten(config.DistillSection(), "distill.")
     assert flat["distill.dc.image_lr"] == 0.1
     assert flat["distill.options"] == {}
-
-
-def test_a_name_is_looked_up_in_its_table():
-    assert resolve("distill.method", "dc", METHODS) is METHODS["dc"]
-
-
-def test_an_unknown_name_names_key_and_nearest():
-    with pytest.raises(UserError, match=r"data\.source = 'parket' is unknown; did you mean parquet\?"):
-        resolve("data.source", "parket", SOURCES)
-
-
-def test_a_plug_in_is_imported_from_its_module():
-    assert (
-        resolve("x", "distill_at_scale.data.sources.image.digits:Digits", SOURCES, ("splits", "read"))
-        is SOURCES["digits"]
-    )
-
-
-@pytest.mark.parametrize("name", ["no_such_module_here:Thing", "json:NoSuchThing", ":x", "json:", "../json:x", "a b:x"])
-def test_a_plug_in_that_does_not_import_is_named(name):
-    with pytest.raises(UserError, match="cannot be imported") as error:
-        resolve("distill.method", name, {})
-    assert name in str(error.value)
-
-
-def test_a_plug_in_that_breaks_the_contract_says_what_it_lacks():
-    with pytest.raises(UserError, match="lacks load, no_such_thing"):
-        resolve("distill.method", "json:JSONDecoder", {}, ("decode", "load", "no_such_thing"))
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        {"data__source": "json:JSONDecoder"},
-        {"score__criterion": "json:JSONDecoder"},
-        {"distill__method": "json:JSONDecoder"},
-        {"select__criterion": "los"},
-        {"score__network": "convnett"},
-        {"distill__network": "convnett"},
-        {"evaluate__networks": ["convnet", "convnett"]},
-        {"distill__dsa__augment": "color_flop", "distill__method": "dsa"},
-    ],
-)
-def test_every_name_is_checked_before_anything_is_computed(make_config, tmp_path, names):
-    with pytest.raises(UserError):
-        check_names(make_config(tmp_path, **names))
-
-
-@pytest.mark.parametrize(
-    ("key", "name", "table", "meant"),
-    [
-        ("data.source", "folder", SOURCES, "did you mean imagefolder?"),
-        ("data.source", "Image-Folder", SOURCES, "did you mean imagefolder?"),
-        ("data.source", "hf", SOURCES, "did you mean parquet?"),
-        ("data.source", "kinetic", SOURCES, "did you mean kinetics or kinetics_tar?"),
-        ("data.source", "something", SOURCES, "did you mean something_v2?"),
-        ("distill.method", "sre2", METHODS, "did you mean sre2l?"),
-        ("distill.method", "trajectory_matching", METHODS, "did you mean mtt?"),
-        ("score.criterion", "early", CRITERIA, "did you mean loss_early?"),
-        ("score.network", "resnet", NETWORKS, "did you mean resnet18?"),
-        ("data.source", "zzzz", SOURCES, "known: audiofolder, digits"),
-    ],
-)
-def test_a_word_for_a_part_of_the_package_leads_to_its_name(key, name, table, meant):
-    with pytest.raises(UserError) as error:
-        resolve(key, name, table)
-    assert meant in str(error.value)
-
-
-def test_every_alias_names_a_part():
-    names = {*SOURCES, *METHODS, *CRITERIA, *NETWORKS}
-    assert set(ALIASES.values()) <= names
-    assert not set(ALIASES) & names

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +66,19 @@ def load(name: str, spec: NetworkSpec, class_names: list[str], source_class_name
     trained_on, own_normalization = _class_names(file, metadata), _normalization(file, metadata, spec.shape[-3])
     state = _rename(state, spec.skeleton().state_dict())
     outputs = _outputs(state, spec)
-    if outputs not in (len(class_names), len(source_class_names)):
+    fits_data = outputs in (len(class_names), len(source_class_names))
+    wider = trained_on or imagenet_ids()  # the data may have some of the classes that the weights know
+    if not fits_data and not (len(wider) == outputs and set(class_names) <= set(wider)):
         source = "" if len(source_class_names) == len(class_names) else f" (of {len(source_class_names)} in its source)"
-        imagenet = ", or list all of ImageNet's 1000 in the file data.class_names and your subset in data.classes"
+        imagenet = ", or name the data's classes by ImageNet's WordNet ids" if outputs == len(imagenet_ids()) else ""
         raise UserError(
             f"{file} has outputs for {outputs} classes, the data has {len(class_names)}{source}; take weights that were "
-            f"trained on these classes{imagenet if published else ''}"
+            f"trained on these classes{imagenet}"
         )
     fitted = _fit(file, state, replace(spec, classes=outputs), published)
-    order = _class_order(file, trained_on, published, outputs, class_names, source_class_names)
+    order = wider
+    if fits_data:
+        order = _class_order(file, trained_on, published, outputs, class_names, source_class_names)
     columns = None
     if order != class_names:
         column_of = {name: column for column, name in enumerate(order)}
@@ -82,6 +87,12 @@ def load(name: str, spec: NetworkSpec, class_names: list[str], source_class_name
         columns = [column_of[name] for name in class_names]
     normalization = published.normalization if published else own_normalization
     return PretrainedWeights(fitted, outputs, columns, normalization, file_digest(file)["sha256"])
+
+
+@lru_cache(maxsize=1)
+def imagenet_ids() -> list[str]:
+    """The WordNet ids of ImageNet-1K's classes, in the order of the labels."""
+    return (Path(__file__).parent / "imagenet_wnids.txt").read_text(encoding="ascii").split()
 
 
 def digests(names: Sequence[str]) -> dict[str, str]:

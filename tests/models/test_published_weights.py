@@ -153,10 +153,18 @@ def test_published_weights_score_a_subset_of_imagenet(hub, resnets):
     chosen, spec = [IDS[900], IDS[2], IDS[30]], NetworkSpec("resnet18_bn", (3, 96, 96), 3)
     weights = load(RESNET, spec, chosen, IDS)
     assert (weights.outputs, weights.classes) == (1000, [900, 2, 30])
-    with pytest.raises(
-        UserError, match=r"1000 classes, the data has 3; .*list all of ImageNet's 1000.*data\.class_names"
-    ):
+    with pytest.raises(UserError, match=r"1000 classes, the data has 3; .*name the data's classes by .*WordNet ids"):
         load(RESNET, spec, chosen)
+
+
+def test_a_folder_of_some_imagenet_classes_takes_their_outputs(hub, resnets):
+    ids = pretrained.imagenet_ids()
+    assert len(set(ids)) == 1000
+    assert ids == sorted(ids)
+    assert (ids[0], ids[217], ids[701], ids[999]) == ("n01440764", "n02102040", "n03888257", "n15075141")
+    torch.save(resnets[18].state_dict(), hub / RESNET_FILE)
+    weights = load(RESNET, NetworkSpec("resnet18_bn", (3, 96, 96), 2), [ids[701], ids[0]])
+    assert (weights.outputs, weights.classes) == (1000, [701, 0])
 
 
 def test_published_weights_name_the_network_that_they_fit(hub, resnets):

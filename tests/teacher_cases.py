@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -50,7 +52,8 @@ def make_config(method: str = "rded", **options):
 def make_context(folder, method: str = "rded", steps: int = 1, **options) -> MethodContext:
     config = make_config(method, **options)
     spec = NetworkSpec("convnet", SHAPE, CLASSES, 6)
-    return MethodContext(config, spec, NAMES, list(range(CLASSES)), SingleProcess(), CPU, steps, folder)
+    context = MethodContext(config, spec, NAMES, list(range(CLASSES)), SingleProcess(), CPU, steps, folder)
+    return replace(context, work=folder / "work")
 
 
 def make_teacher(context: MethodContext, real: ClassSampler | None = None) -> Teacher:

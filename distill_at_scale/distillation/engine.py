@@ -141,7 +141,9 @@ def method_context(
         labels = labels[workers.rank :: workers.size]
     spec = NetworkSpec(section.network, prepared.shape, len(names), section.width, section.depth, prepared.kind)
     source = tuple(prepared.source_class_names)
-    return MethodContext(config, spec, names, labels, workers, device, step_count(config), paths.networks, source)
+    return MethodContext(
+        config, spec, names, labels, workers, device, step_count(config), paths.networks, source, work=paths.work
+    )
 
 
 def missing_networks(config: Config, paths: DistillPaths) -> list[str]:
@@ -346,4 +348,4 @@ class Distillation:
             **final.card,
         }
         extras, whitening = dict(final.extras), self.normalization.whitening
-        return SyntheticSet(images, labels, card, dict(self.snapshots), extras, whitening)
+        return SyntheticSet(images, labels, card, dict(self.snapshots), extras, whitening, labels_of_views=final.labels)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from distill_at_scale.core import rng, safetensors_io
@@ -131,21 +132,38 @@ def expand(stored: CompactLogits, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class StoredLabels:
-    """Labels read from a set: values [epochs, n, k] and their classes, in the order of the views of each epoch."""
+    """The labels in the folder of a set: one file per epoch, with values [n, k] and their classes in the order of the views.
 
-    values: Tensor
-    classes: Tensor | None
+    They are read as they are needed, so that no process holds those of all epochs.
+    """
+
+    folder: Path
+    epochs: int
     class_count: int
 
-    @property
-    def epochs(self) -> int:
-        return len(self.values)
+    def file(self, epoch: int) -> Path:
+        return self.folder / f"epoch-{epoch:05d}.safetensors"
 
     def logits(self, epoch: int, batch: ViewBatch, views: Tensor) -> Tensor:
         """float32 [n, classes] for views [n, *shape]; the target is their softmax at the temperature."""
-        rows = epoch, slice(batch.first, batch.first + len(batch.rows))
-        classes = None if self.classes is None else self.classes[rows].to(views.device)
-        return expand((self.values[rows].to(views.device), classes), self.class_count)
+        last = batch.first + len(batch.rows)
+        with safe_open(self.file(epoch), framework="pt") as file:
+            names = ["values", "classes"] if "classes" in file.keys() else ["values"]  # noqa: SIM118
+            parts = [file.get_slice(name)[batch.first : last].to(views.device) for name in names]
+        return expand((parts[0], parts[1] if len(parts) > 1 else None), self.class_count)
+
+    def problem(self, count: int) -> str | None:
+        """What is wrong with the files, for a set of `count` images; None if each epoch has labels for all of them."""
+        for epoch in range(self.epochs):
+            path = self.file(epoch)
+            try:
+                with safe_open(path, framework="pt") as file:
+                    shape = file.get_slice("values").get_shape()
+            except Exception as error:  # missing, cut short, or other tensors
+                return f"{path} cannot be read ({str(error).splitlines()[0]})"
+            if shape[:1] != [count]:
+                return f"{path} has labels for {shape[0]} views, not {count}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -255,23 +273,29 @@ class TeacherLabels:
         return expand(self.compact_logits(views), facts.outputs if facts.columns is None else len(facts.columns))
 
 
-def relabel(images: Tensor, plan: ViewPlan, labels: TeacherLabels, workers: Collectives) -> dict[str, Tensor]:
-    """The labels of a whole set [n, *shape]: the tensors of `StoredLabels` on rank 0, {} on the others.
+def relabel(images: Tensor, plan: ViewPlan, labels: TeacherLabels, workers: Collectives, folder: Path) -> int:
+    """Write the labels of a whole set [n, *shape] to a folder of rank 0, as `StoredLabels` reads them; returns their bytes.
 
-    Workers take the epochs in turn and send each one when it is done, so that only rank 0 holds them all.
+    Workers take the epochs in turn and send each one when it is done, so that rank 0 holds one epoch per worker. Epochs whose
+    file exists are not labelled again.
     """
-    device, epochs = labels.teacher.scale.device, list[dict[str, Tensor]]()
-    for first in range(0, labels.epochs, workers.size):
-        epoch, own = first + workers.rank, None
-        if epoch < labels.epochs:
+    device, stored = labels.teacher.scale.device, StoredLabels(folder, labels.epochs, 0)
+    missing = workers.broadcast([epoch for epoch in range(labels.epochs) if not stored.file(epoch).exists()])
+    for first in range(0, len(missing), workers.size):
+        own = None
+        if first + workers.rank < len(missing):
+            epoch = missing[first + workers.rank]
             batches = plan.batches(epoch, len(images))
             views = (batch.apply(images[batch.rows.to(images.device)].to(device)) for batch in batches)
             tensors = zip(("values", "classes"), zip(*map(labels.compact_logits, views), strict=True), strict=True)
-            own = {name: torch.cat(parts).cpu() for name, parts in tensors if parts[0] is not None}
+            own = epoch, {name: torch.cat(parts).cpu() for name, parts in tensors if parts[0] is not None}
         gathered = workers.gather(own)
-        if workers.rank == 0:
-            epochs += [part for part in gathered if part is not None]
-    return {name: torch.stack([part[name] for part in epochs]) for name in (epochs[0] if epochs else ())}
+        for done, part in [one for one in gathered if one is not None] if workers.rank == 0 else []:
+            safetensors_io.save(stored.file(done), part)
+    if workers.rank:
+        return 0
+    first_epoch = safetensors_io.load(stored.file(0))
+    return labels.epochs * sum(tensor.numel() * tensor.element_size() for tensor in first_epoch.values())
 
 
 def with_normalization(facts: TeacherFacts, own: Any, expected: Any) -> TeacherFacts:

@@ -35,8 +35,8 @@ from distill_at_scale.storage.sync import fetched
 if TYPE_CHECKING:
     from torchvision.transforms.v2 import Transform
 
-GROUPS = ("labels", "teacher")  # extras named `labels/...` are saved in labels.safetensors, and so on
-SET, CARD = "synthetic", "card.json"  # the folder in a run folder, and a file in it
+GROUPS = ("teacher",)  # extras named `teacher/...` are saved in teacher.safetensors
+SET, CARD, LABELS = "synthetic", "card.json", "labels"  # the folder in a run folder, and a file and a folder in it
 AGAIN = "restore it from a copy, or distil again with run.redo=distill"
 PREVIEW_CLASSES, PREVIEW_COLUMNS, PREVIEW_SIDE = 100, 10, 64
 PREVIEW_BYTES = 4 * 2**20  # uncompressed, of an animated preview
@@ -59,6 +59,7 @@ class SyntheticSet:
         extras: other tensors of the method: soft labels, for example.
         whitening: of the images, if the card has one.
         folder: from which the set was loaded.
+        labels_of_views: folder with the soft labels of views, one file per epoch (`soft_labels.StoredLabels`).
     """
 
     images: Tensor
@@ -68,6 +69,7 @@ class SyntheticSet:
     extras: dict[str, Tensor] = field(default_factory=dict)
     whitening: Whitening | None = None
     folder: Path | None = None
+    labels_of_views: Path | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -103,13 +105,13 @@ class SyntheticSet:
         """
         (images, labels), views = self._parts(), None
         if self.protocol.labels == "views":
-            tensors = self.group("labels")
-            if "values" not in tensors or tensors["values"].shape[1:2] != self.labels.shape:
+            count = self.card.get("soft_labels", {}).get("epochs", 0)
+            views = StoredLabels(self.labels_of_views or Path(LABELS), count, len(self.class_names))
+            if not count or (problem := views.problem(len(self.labels))):
                 raise UserError(
-                    f"the set{f' in {self.folder}' if self.folder else ''} lacks the labels of its views (labels.safetensors, "
-                    f"for {len(self.labels)} images); load it from the folder that it was saved in, or distil again"
+                    f"the set{f' in {self.folder}' if self.folder else ''} lacks the labels of its views"
+                    f"{f': {problem}' if count else ''}; load it from the folder that it was saved in, or distil again"
                 )
-            views = StoredLabels(tensors["values"], tensors.get("classes"), len(self.class_names))
         return TrainingSet(images, labels, soft=self.small_extras, views=views)
 
     def as_dataset(self) -> TensorDataset:
@@ -167,7 +169,7 @@ class SyntheticSet:
         return split_parts(self.images, factor), self.labels.repeat_interleave(factor**2)
 
     def group(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a group of extras, "labels" or "teacher", read from its file if necessary; {} without them.
+        """The tensors of a group of extras, "teacher", read from its file if necessary; {} without them.
 
         Raises UserError if the file is damaged or missing.
         """
@@ -215,6 +217,8 @@ class SyntheticSet:
                     safetensors_io.write(temporary / file, self.group(name))
                 elif self.folder is not None and (self.folder / file).exists():
                     shutil.copyfile(self.folder / file, temporary / file)
+            if self.labels_of_views is not None and self.labels_of_views.is_dir():
+                shutil.copytree(self.labels_of_views, temporary / LABELS, copy_function=shutil.copyfile)
             if self.snapshots:
                 snapshots = {f"{step:08d}": values for step, values in self.snapshots.items()}
                 safetensors_io.write(temporary / "snapshots.safetensors", snapshots)
@@ -269,7 +273,10 @@ def load(folder: str | Path) -> SyntheticSet:
     Normalization.of_card(card["normalization"])
     images, labels = tensors.pop("images"), tensors.pop("labels")
     by_step = {int(k): v for k, v in sorted(snapshots.items()) if k.isdecimal()}
-    return SyntheticSet(images, labels, card, by_step, tensors, whitening, folder)
+    of_views = folder / LABELS
+    return SyntheticSet(
+        images, labels, card, by_step, tensors, whitening, folder, of_views if of_views.is_dir() else None
+    )
 
 
 def _problem(tensors: dict[str, Tensor], card: Any) -> str | None:

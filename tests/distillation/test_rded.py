@@ -304,7 +304,7 @@ def test_the_whole_path_ends_in_a_set_that_loads_and_trains(whole_run):
     assert synthetic.protocol.labels == "views"
     assert synthetic.card["soft_label_bytes"] == 2 * 6 * 3 * 2
     assert sorted(p.name for p in (whole_run.dir / "synthetic").iterdir()) == [
-        "card.json", "labels.safetensors", "preview.png", "snapshots.safetensors", "synthetic.safetensors",
+        "card.json", "labels", "preview.png", "snapshots.safetensors", "synthetic.safetensors",
         "teacher.safetensors"]  # fmt: skip
     assert synthetic.training_set().views.epochs == 2
     rows = json.loads((whole_run.dir / "evaluation.json").read_text(encoding="utf-8"))["rows"]
@@ -330,10 +330,11 @@ def test_a_set_without_its_labels_still_shows_its_images(whole_run, tmp_path):
     synthetic = synthetic_set.load(whole_run.dir)
     synthetic.save(tmp_path / "copy")  # takes the labels along
     copy = synthetic_set.load(tmp_path / "copy")
-    assert torch.equal(copy.group("labels")["values"], synthetic.group("labels")["values"])
-    os.remove(tmp_path / "copy" / "labels.safetensors")
+    views = [one.training_set().views for one in (copy, synthetic)]
+    assert views[0].file(1).read_bytes() == views[1].file(1).read_bytes()
+    os.remove(views[0].file(1))
     assert torch.equal(synthetic_set.load(tmp_path / "copy").images, synthetic.images)
-    with pytest.raises(UserError, match=r"labels\.safetensors cannot be read.*distil again"):
+    with pytest.raises(UserError, match=r"lacks the labels of its views: .*epoch-00001\.safetensors cannot be read"):
         synthetic_set.load(tmp_path / "copy").training_set()
 
 
@@ -380,9 +381,9 @@ def test_pretrained_weights_are_identified_by_content_not_path(make_run, tmp_pat
 def test_a_set_with_the_labels_of_another_says_so(whole_run, tmp_path):
     synthetic = synthetic_set.load(whole_run.dir)
     synthetic.save(tmp_path / "copy")
-    path = tmp_path / "copy" / "labels.safetensors"
+    path = tmp_path / "copy" / "labels" / "epoch-00000.safetensors"
     held = safetensors_io.load(path)
-    for wrong in ({"other": torch.zeros(2)}, {key: value[:, :-1] for key, value in held.items()}):
+    for wrong in ({"other": torch.zeros(2)}, {key: value[:-1] for key, value in held.items()}):
         safetensors_io.save(path, wrong)
         with pytest.raises(UserError, match="copy lacks the labels of its views"):
             synthetic_set.load(tmp_path / "copy").training_set()

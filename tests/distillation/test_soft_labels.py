@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.collectives import SingleProcess
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.distillation.soft_labels import (
@@ -47,6 +48,9 @@ class Pretended:
     def gather(self, value):
         self.parts.append(value)
         return [value]
+
+    def broadcast(self, value):
+        return value
 
 
 def test_crops_are_inside_the_image_and_their_areas_fill_the_range():
@@ -145,11 +149,11 @@ def test_as_many_as_there_are_classes_are_all_of_them():
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
-def test_stored_labels_are_the_teachers_outputs_for_the_same_views(top_k):
+def test_stored_labels_are_the_teachers_outputs_for_the_same_views(tmp_path, top_k):
     images, asked = torch.randn(10, *SHAPE, generator=chance()), TeacherLabels(a_teacher(), 3, top_k, 5.0)
-    tensors = relabel(images, PLAN, asked, SingleProcess())
-    stored = StoredLabels(tensors["values"], tensors.get("classes"), CLASSES)
-    assert stored.epochs == 3
+    relabel(images, PLAN, asked, SingleProcess(), tmp_path)
+    stored = StoredLabels(tmp_path, 3, CLASSES)
+    assert stored.problem(10) is None
     for epoch in range(3):
         for batch in PLAN.batches(epoch, 10):
             views = batch.apply(images[batch.rows])
@@ -157,23 +161,51 @@ def test_stored_labels_are_the_teachers_outputs_for_the_same_views(top_k):
             assert float(stored.logits(epoch, batch, views).abs().max()) > 0
 
 
-def test_the_size_is_two_bytes_a_class_or_four_of_those_that_are_stored():
+def test_the_size_is_two_bytes_a_class_or_four_of_those_that_are_stored(tmp_path):
     images = torch.randn(10, *SHAPE, generator=chance())
     for top_k, each in ((None, 2 * CLASSES), (2, 2 * 4)):
-        stored = relabel(images, PLAN, TeacherLabels(a_teacher(), 3, top_k, 5.0), SingleProcess())
-        assert sum(tensor.nbytes for tensor in stored.values()) == 10 * 3 * each
+        asked = TeacherLabels(a_teacher(), 3, top_k, 5.0)
+        assert relabel(images, PLAN, asked, SingleProcess(), tmp_path / str(top_k)) == 10 * 3 * each
 
 
-def test_workers_share_the_epochs():
+def test_workers_share_the_epochs(tmp_path):
     images, asked = torch.randn(10, *SHAPE, generator=chance()), TeacherLabels(a_teacher(), 5, None, 5.0)
-    alone = relabel(images, PLAN, asked, SingleProcess())["values"]
+    relabel(images, PLAN, asked, SingleProcess(), tmp_path)
     parts: list = [[], []]
-    assert relabel(images, PLAN, asked, Pretended(1, 2, parts[1])) == {}
-    relabel(images, PLAN, asked, Pretended(0, 2, parts[0]))
+    assert relabel(images, PLAN, asked, Pretended(1, 2, parts[1]), tmp_path / "other node") == 0
+    assert not (tmp_path / "other node").exists()
+    relabel(images, PLAN, asked, Pretended(0, 2, parts[0]), tmp_path / "first node")
     assert len(parts[0]) == len(parts[1]) == 3  # as many exchanges, though one has nothing to give in the last
     assert parts[1][2] is None
-    shared = [part for pair in zip(*parts, strict=True) for part in pair if part is not None]
-    assert torch.equal(torch.stack([part["values"] for part in shared]), alone)
+    shared = dict(part for pair in zip(*parts, strict=True) for part in pair if part is not None)
+    assert sorted(shared) == [0, 1, 2, 3, 4]
+    for epoch, tensors in shared.items():
+        assert torch.equal(
+            tensors["values"], safetensors_io.load(StoredLabels(tmp_path, 5, CLASSES).file(epoch))["values"]
+        )
+
+
+def test_an_interrupted_relabelling_goes_on_with_the_missing_epochs(tmp_path, monkeypatch):
+    images, asked, stored = torch.randn(10, *SHAPE, generator=chance()), TeacherLabels(a_teacher(), 4, 2, 5.0), []
+    whole, parts = StoredLabels(tmp_path / "whole", 4, CLASSES), StoredLabels(tmp_path / "parts", 4, CLASSES)
+    relabel(images, PLAN, asked, SingleProcess(), whole.folder)
+    save = safetensors_io.save
+
+    def stop_at_the_third(path, tensors):
+        if len(stored) == 2:
+            raise KeyboardInterrupt
+        stored.append(path.name)
+        save(path, tensors)
+
+    monkeypatch.setattr(safetensors_io, "save", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        relabel(images, PLAN, asked, SingleProcess(), parts.folder)
+    assert "epoch-00002.safetensors cannot be read" in str(parts.problem(10))
+    monkeypatch.setattr(safetensors_io, "save", lambda path, tensors: (stored.append(path.name), save(path, tensors)))
+    size = relabel(images, PLAN, asked, SingleProcess(), parts.folder)
+    assert stored == [f"epoch-{epoch:05d}.safetensors" for epoch in range(4)]
+    assert size == 4 * 10 * 2 * 4
+    assert all(parts.file(epoch).read_bytes() == whole.file(epoch).read_bytes() for epoch in range(4))
 
 
 def test_a_teacher_is_loaded_as_it_was_saved(tmp_path):

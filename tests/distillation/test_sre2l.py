@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from teacher_cases import CLASSES, CPU, NAMES, SHAPE, make_config, make_context, make_sampler, make_teacher
 
-from distill_at_scale.core import rng
+from distill_at_scale.core import rng, safetensors_io
 from distill_at_scale.core.errors import DistillationDiverged, UserError
 from distill_at_scale.distillation.methods.sre2l import BatchNormLoss, SRe2L
-from distill_at_scale.distillation.soft_labels import TEACHER, Teacher, crop_and_flip, resized_crop_boxes
+from distill_at_scale.distillation.soft_labels import TEACHER, StoredLabels, Teacher, crop_and_flip, resized_crop_boxes
 
 
 @pytest.fixture
@@ -270,7 +270,9 @@ def test_recovered_images_are_what_the_teacher_takes_them_for(recovery):
 def test_the_conclusion_holds_labels_teacher_and_their_size(recovery):
     method = recovery(top_k=2)
     more = method.finalize(*method.snapshot())
-    assert more.extras["labels/values"].shape == (2, 6, 2)
+    stored = StoredLabels(more.labels, 2, CLASSES)
+    assert stored.problem(6) is None
+    assert safetensors_io.load(stored.file(1))["values"].shape == (6, 2)
     assert more.card["soft_label_bytes"] == 2 * 6 * 2 * 4
     assert more.card["soft_labels"]["bytes_per_image"] == 16
     state = {k.partition("/")[2]: v for k, v in more.extras.items() if k.startswith("teacher/")}

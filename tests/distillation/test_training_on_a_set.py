@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from distill_at_scale.core import safetensors_io
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.normalization import normalization_of
 from distill_at_scale.distillation import synthetic_set
+from distill_at_scale.distillation.soft_labels import StoredLabels
 from distill_at_scale.distillation.student import view_batches
 from distill_at_scale.distillation.synthetic_set import SyntheticSet
 
@@ -33,11 +36,14 @@ def a_set(shape=(3, 8, 8), ipc=4, extras=None, **card) -> SyntheticSet:
     return SyntheticSet(images, torch.arange(len(NAMES)).repeat_interleave(ipc), facts, extras=extras or {})
 
 
-def view_set() -> SyntheticSet:
+@pytest.fixture
+def view_set(tmp_path) -> SyntheticSet:
+    """A set with labels for the views of two epochs."""
     chance = torch.Generator().manual_seed(1)
-    labels = {"labels/values": torch.randn(2, 12, 3, generator=chance).half()}
+    for epoch, values in enumerate(torch.randn(2, 12, 3, generator=chance).half()):
+        safetensors_io.save(StoredLabels(tmp_path, 2, 3).file(epoch), {"values": values})
     protocol = {"epochs": 2, "labels": "views", "batch": 5, "temperature": 2.0, "view_scale": 0.5}
-    return a_set(protocol=protocol, extras=labels)
+    return replace(a_set(protocol=protocol, soft_labels={"epochs": 2}), labels_of_views=tmp_path)
 
 
 def test_length_index_and_slices_are_those_of_the_stored_samples():
@@ -119,8 +125,8 @@ def test_learned_soft_labels_come_as_probabilities_at_the_temperature():
     assert torch.allclose(targets, (logits / 2).softmax(1))
 
 
-def test_labels_of_views_come_with_their_views_and_only_in_their_batches():
-    s = view_set()
+def test_labels_of_views_come_with_their_views_and_only_in_their_batches(view_set):
+    s = view_set
     loader, data, protocol = s.train_loader(), s.training_set(), s.protocol
     assert len(loader) == 3
     for epoch in range(3):  # the third repeats the first of two labelled epochs
@@ -135,14 +141,14 @@ def test_labels_of_views_come_with_their_views_and_only_in_their_batches():
     assert torch.equal(labels, s.labels)
 
 
-def test_no_loader_reads_or_changes_the_global_random_state():
+def test_no_loader_reads_or_changes_the_global_random_state(view_set):
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     s = a_set(protocol={"epochs": 2, "augment": "color_crop_cutout_flip_scale_rotate", "cutmix": 1.0})
     once = [batch[0] for batch in s.train_loader()]
     torch.manual_seed(7)
     assert all(torch.equal(a, b[0]) for a, b in zip(once, s.train_loader(), strict=True))
     torch.set_rng_state(before[0])
-    list(view_set().train_loader())
+    list(view_set.train_loader())
     list(s.train_loader(augment=False))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
@@ -163,9 +169,8 @@ def test_a_loader_of_the_protocol_trains_a_network():
     assert network(s.images).argmax(1).tolist() == s.labels.tolist()
 
 
-def test_missing_labels_of_views_are_an_error():
-    s = view_set()
-    s.extras.clear()
+def test_missing_labels_of_views_are_an_error(view_set):
+    s = replace(view_set, labels_of_views=None)
     with pytest.raises(UserError, match=r"lacks the labels of its views"):
         s.train_loader()
 

@@ -45,6 +45,7 @@ class MethodContext:
         networks: the folder with the files that `make_network` wrote; for a method that needs none it is not there.
         source_class_names: all classes of the source, also if only some of them are distilled.
         progressed: to call in `make_network` with the samples seen so far, over all epochs.
+        work: the folder of the unfinished distillation, where `finalize` may write on rank 0.
     """
 
     config: Config
@@ -57,6 +58,7 @@ class MethodContext:
     networks: Path = Path()
     source_class_names: tuple[str, ...] = ()
     progressed: Progressed = lambda samples: None
+    work: Path = Path()
 
     @property
     def seed(self) -> int:
@@ -71,11 +73,13 @@ class FinalOutputs:
         extras: tensors saved with the images (`SyntheticSet.extras`), for example soft labels.
         protocol: fields of `TrainingProtocol` that were learned and replace the method's own, for example `lr`.
         card: further entries of the set's card; JSON values.
+        labels: folder with the labels of views (`soft_labels.StoredLabels`), which is copied into the set; None without them.
     """
 
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     protocol: Mapping[str, Any] = field(default_factory=dict)
     card: Mapping[str, Any] = field(default_factory=dict)
+    labels: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Bytes are those on disk: the image (a synthetic one in float32; a real one as in `prepared/`: uint8, above 128 pixels JPEG), 8
 bytes for its class, and its soft labels. One soft label per image takes 4 bytes per class. Labels of views take 2 bytes per
-class for every labelled epoch, as in `labels.safetensors`. The teacher is not counted.
+class for every labelled epoch, as in `labels/`. The teacher is not counted.
 """
 
 from __future__ import annotations

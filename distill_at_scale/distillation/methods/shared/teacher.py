@@ -7,7 +7,9 @@ equal. The card has its accuracy on the (augmented) samples of the last epoch.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -109,18 +111,23 @@ class TeacherMethod(Method):
         return [Cost("train the teacher", network, "kept", section.teacher_epochs, backward=True), labelling]
 
     def finalize(self, images: Tensor, labels: Tensor) -> FinalOutputs:
-        """The teacher, and its labels for all views of the set; workers share the epochs."""
+        """The teacher, and its labels for all views of the set; workers share the epochs.
+
+        The labels are files in a folder of the unfinished work, named after the images, so an interrupted labelling goes on.
+        """
         config, context = self.context.config, self.context
         section, plan = self.section(config), self.protocol(config).plan
         teacher = Teacher.load(context.networks / TEACHER, context.device, section.teacher_network)
         view_labels = soft_labels.TeacherLabels(teacher, section.label_epochs, section.top_k, section.temperature)
-        labels_of_views = soft_labels.relabel(images, plan, view_labels, context.workers)
-        extras = {f"labels/{key}": value for key, value in labels_of_views.items()}
-        extras |= {f"teacher/{key}": value.cpu() for key, value in teacher.network.state_dict().items()}
-        size = sum(tensor.numel() * tensor.element_size() for tensor in labels_of_views.values())
+        folder = context.work / f"labels-{hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]}"
+        if context.workers.rank == 0:
+            for other in set(context.work.glob("labels-*")) - {folder}:  # of the images of an earlier evaluation
+                shutil.rmtree(other)
+        size = soft_labels.relabel(images, plan, view_labels, context.workers, folder)
+        extras = {f"teacher/{key}": value.cpu() for key, value in teacher.network.state_dict().items()}
         facts = {"epochs": section.label_epochs, "top_k": section.top_k, "bytes_per_image": size / len(labels)}
         card = {"teacher": asdict(teacher.facts), "soft_labels": facts, "soft_label_bytes": size}
-        return FinalOutputs(extras, {}, card)
+        return FinalOutputs(extras, {}, card, folder)
 
 
 def _check(config: Config, section: TeacherSection, needs_batch_norm: bool) -> None:

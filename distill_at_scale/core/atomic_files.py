@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -57,16 +57,20 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=False, default=str) + "\n", encoding="utf-8")
 
 
-def resume_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log with one JSON object per line. A line that an interruption cut short is removed from the file."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+def resume_log(path: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The rows of a log with one JSON object per line. Damaged lines, such as one that an interruption cut short, are removed
+    from the file, and `say` gets a sentence on them.
+    """
+    lines, rows = path.read_bytes().splitlines() if path.exists() else [], []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(row := json.loads(line), dict):
+                rows.append(row)
     with publish(path) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    if damaged := len(lines) - len(rows):
+        what = "a damaged line was" if damaged == 1 else f"{damaged} damaged lines were"
+        say(f"  {what} removed from {path}; what is lost is computed again")
     return rows
 
 

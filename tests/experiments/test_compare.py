@@ -213,6 +213,11 @@ def test_only_missing_networks_are_trained(two_runs, tmp_path):
     assert trained == ["random, 1 per class, hard labels without augmentation, convnet 0"]
     assert [row["mean"] for row in again] == [row["mean"] for row in before]
     trained.clear()
+    first, second = log.read_bytes().splitlines()
+    log.write_bytes(b"\n".join([first[:30] + b"\xff\x00" + first[32:], second, b""]))  # damaged on the disk
+    assert compared(two_runs[:1], tmp_path, Counting, **keys)[0][1]["mean"] == before[1]["mean"]
+    assert trained == ["dm, hard labels without augmentation, convnet 0"], "later lines are kept"
+    trained.clear()
     compared(two_runs, tmp_path, Counting, **keys)
     assert [name.split(",")[0] for name in trained] == ["tesla", "random"]  # of the new run, and random at its size
 

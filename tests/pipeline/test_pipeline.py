@@ -348,8 +348,9 @@ def test_finished_rows_of_an_evaluation_are_not_recomputed(make_run, digits_run,
     monkeypatch.setattr(
         evaluate.Evaluator, "run", lambda self, job, *rest: trained.append(job) or run_job(self, job, *rest)
     )
-    make_run(tmp_path / "run").stages("evaluate")
+    again = make_run(tmp_path / "run").stages("evaluate")
     assert trained == evaluate.jobs(first.config)[2:]
+    assert again.text.count(f"a damaged line was removed from {rows}; what is lost is computed again") == 1
 
 
 def test_a_set_too_small_for_the_images_is_refused_at_the_selection(make_run, digits_run, tmp_path):

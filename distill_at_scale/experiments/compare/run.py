@@ -82,7 +82,7 @@ def run(configs: Sequence[Config], display: Display, connect: Callable[[], Execu
     with runs[0].dir.lock():
         plan = make_plan(runs, display)
         units, log = _units(plan), plan.folder / LOG
-        rows = {row["key"]: row for row in resume_log(log)}
+        rows = {row["key"]: row for row in resume_log(log, display.say)}
         missing = {key: unit for key, unit in units.items() if key not in rows}
         known = f"{len(units) - len(missing):,} of them trained before"
         display.say(f"compare: {len(units):,} networks on {len(plan.entries)} sets, {known}")

@@ -35,7 +35,7 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
     validate.check_networks(config, data)
     work = run_dir.work("evaluate", inputs)
     log = work / "rows.jsonl"
-    rows = resume_log(log)  # the finished ones, which are kept in the log as they come
+    rows = resume_log(log, context.display.say)  # the finished ones, which are kept in the log as they come
 
     began = time.perf_counter()
     distilled = {control.name: control for control in controls.distil(context, data)}

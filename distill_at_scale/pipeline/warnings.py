@@ -20,6 +20,8 @@ from distill_at_scale.data.ingest.sample_types import holds_tensors
 from distill_at_scale.data.sources import SOURCES
 from distill_at_scale.distillation import engine
 from distill_at_scale.distillation.methods import METHODS
+from distill_at_scale.distillation.methods.contract import Method
+from distill_at_scale.distillation.methods.shared.real_images import RealImagesMethod
 from distill_at_scale.distillation.summary import few_tested
 from distill_at_scale.pruning.criteria.factory import MONTE_CARLO, build_criteria
 from distill_at_scale.pruning.proxies import train as proxies
@@ -149,6 +151,9 @@ NO_EFFECT = (
     NoEffect("distill", ("options",), "distill.method", lambda c: c.distill.method in METHODS,
              "only a method of your own reads it; {distill.method} has the section distill.{distill.method}"),
     *map(_of_teacher, ("sre2l", "rded")),
+    NoEffect("distill", ("steps", "evaluate_every", "checkpoint_every"), "distill.method",
+             lambda c: issubclass(METHODS.get(c.distill.method, Method), RealImagesMethod),
+             "distill.method is {distill.method}, which optimises nothing, so its set does not depend on steps"),
     NoEffect("distill.tesla", ("label_lr", "label_init"), "distill.tesla.learn_labels",
              lambda c: c.distill.method == "tesla" and not c.distill.tesla.learn_labels,
              "distill.tesla.learn_labels is false"),

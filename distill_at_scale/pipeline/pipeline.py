@@ -227,6 +227,7 @@ class Pipeline:
             context.plan = plan = ingest_plan.plan(config)
             planned = validate.planned(config, plan)
             validate.check_networks(config, planned)
+            validate.check_scoring(config, planned)
             validate.check_weights(config, planned)
             imported.check(config, plan)
             engine.check_inputs(config, planned, planned.counts)
@@ -279,6 +280,8 @@ class Pipeline:
                 self.display.say(f"  {line}")
             facts = validate.planned(self.config, listing)
         validate.check_networks(self.config, facts)
+        if "score" not in finished:
+            validate.check_scoring(self.config, facts)
         self.context.warn_of_data(facts.class_names, facts.counts, facts.tests)
         with self.display.meter("measure", len(STAGES) - 1 + can_test(self.config, facts), "stages") as meter:
             path, machine = self.dir / "plan.json", this_machine(self.dir.path)

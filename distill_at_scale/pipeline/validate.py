@@ -39,9 +39,16 @@ from distill_at_scale.distillation.student import TrainingProtocol
 from distill_at_scale.models import pretrained, weight_check
 from distill_at_scale.models.spec import NetworkSpec, builder, in_parts, mixes_samples
 from distill_at_scale.pruning.criteria import CRITERIA
-from distill_at_scale.pruning.criteria.factory import MONTE_CARLO, build_criteria, column_of
+from distill_at_scale.pruning.criteria.factory import (
+    MONTE_CARLO,
+    build_criteria,
+    check_classes,
+    column_of,
+    needs_features,
+)
 from distill_at_scale.pruning.proxies.train import network_spec
 from distill_at_scale.pruning.scoring import imported
+from distill_at_scale.pruning.scoring.classifier import check_features
 from distill_at_scale.pruning.selection import orders, quotas, ranking
 
 MAX_JPEG_HEIGHT = 65_500  # pixels; the frames of a clip are stacked in one JPEG
@@ -235,6 +242,13 @@ def check_networks(config: Config, data: DataShape) -> None:
             raise
         except Exception as error:
             raise UserError(f"{key} = {name!r} cannot take images of shape {spec.shape}: {error}") from None
+
+
+def check_scoring(config: Config, data: DataShape) -> None:
+    """Raises UserError for a criterion that needs more classes, or features that the network does not have."""
+    check_classes(config.score, len(data.class_names))
+    if any(map(needs_features, build_criteria(config.score).values())):
+        check_features(network_spec(config.score, data.shape, len(data.class_names), data.kind))
 
 
 def check_weights(config: Config, data: PreparedDataset | PlannedDataset) -> None:

@@ -24,7 +24,7 @@ from distill_at_scale.pipeline.executors.tasks import threads
 from distill_at_scale.pruning.criteria import CRITERIA, coreset
 from distill_at_scale.pruning.criteria.factory import build_criteria, epochs_of, needed_epochs
 from distill_at_scale.pruning.proxies import train as proxy
-from distill_at_scale.pruning.scoring import score_table, scorer
+from distill_at_scale.pruning.scoring import score_table
 from distill_at_scale.pruning.scoring.classifier import random_projection
 from distill_at_scale.pruning.scoring.columns import by_class, lists_to_matrix
 from distill_at_scale.pruning.scoring.gradient_norms import GradientNorms
@@ -292,6 +292,26 @@ def test_a_network_without_a_linear_end_is_refused_before_anything_is_trained(ma
     assert "proxies" not in run.text
 
 
+def test_one_class_is_refused_before_anything_is_trained_by_criteria_that_compare_classes(make_run, tmp_path):
+    run = make_run(tmp_path / "run", data__classes=["0"], score__criterion=["herding", "aum"], score__epochs=4)
+    with pytest.raises(UserError, match=r"score\.criterion = 'aum' needs 2 classes or more, and the data have 1; set"):
+        run.stages("ingest", "score")
+    assert "proxies" not in run.text
+    for command in (run.pipeline.validate, run.pipeline.forecast):
+        with pytest.raises(UserError, match=r"'aum' needs 2 classes"):
+            command()
+    refused, data = set(), PreparedDataset(run.dir / "prepared")
+    for name in (*ALL, "monte_carlo"):
+        try:
+            validate.check_scoring(tiny_config(tmp_path, score__criterion=name, score__epochs=4), data)
+        except UserError:
+            refused.add(name)
+    assert refused == {*ALL, "monte_carlo"} - {"density", "herding", "k_center", "clusters"}
+    outputs = outputs_of(many=1)
+    for name in refused - {"monte_carlo", "grand"}:
+        assert len(make_criterion(name).observe(outputs).unique()) == 1, f"{name} tells samples of one class apart"
+
+
 # Criteria of classes
 
 
@@ -550,4 +570,4 @@ def test_any_criterion_may_decide_the_selection(make_run, tmp_path):
     for label in range(3):
         kept, dropped = ([r["score"] for r in rows if r["label"] == label and r["kept"] is k] for k in (True, False))
         assert min(kept) >= max(dropped)
-    scorer.check(run.config, PreparedDataset(run.dir / "prepared"))
+    validate.check_scoring(run.config, PreparedDataset(run.dir / "prepared"))

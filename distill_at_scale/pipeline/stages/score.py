@@ -68,7 +68,7 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
     validate.check_weights(config, data)
     for line in validate.check_weights_on_data(config, data):
         display.say(line)
-    scorer.check(config, data)
+    validate.check_scoring(config, data)
     distill.check_inputs(config, data, data.counts("train"))  # what no selection can repair
     extra_columns.check(config, data)
     outputs = [table, *extra_columns.outputs(config, run_dir)]

@@ -3,7 +3,8 @@
 A criterion is constructed without arguments, or by its classmethod `of(section)` from the `score` section, which raises
 UserError if the section does not fit. `epochs(count)` lists the epochs that it needs of `count`, from 0; without it, all are
 needed. An epoch here is a checkpoint of a proxy: `score.checkpoints_per_epoch` of them per epoch of training.
-`sees_features = True` announces that `observe` uses the features, which saves a second forward pass.
+`sees_features = True` announces that `observe` uses the features, which saves a second forward pass. `least_classes = 2` has
+data of one class refused before training, where such logits give each sample the same value, or none.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ class Margin(MeanOfTrials):
     """The probability of the true class minus the largest of the others, -1..1."""
 
     useful: Literal["low", "high"] = "high"
+    least_classes = 2
 
     def observe(self, outputs: ProxyOutputs) -> Tensor:
         probabilities, own = outputs.logits.softmax(1), outputs.labels[:, None]
@@ -31,6 +32,7 @@ class AreaUnderMargin(MeanOfTrials):
     """
 
     useful: Literal["low", "high"] = "high"
+    least_classes = 2
 
     def observe(self, outputs: ProxyOutputs) -> Tensor:
         logits, own = outputs.logits, outputs.labels[:, None]
@@ -39,6 +41,8 @@ class AreaUnderMargin(MeanOfTrials):
 
 class Entropy(MeanOfTrials):
     """In nats, 0..ln(classes); independent of the label."""
+
+    least_classes = 2
 
     def observe(self, outputs: ProxyOutputs) -> Tensor:
         return torch.special.entr(outputs.logits.softmax(1)).sum(1)

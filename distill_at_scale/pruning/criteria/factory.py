@@ -61,6 +61,17 @@ def _build(name: str, section: ScoreSection) -> Any:
     return criterion
 
 
+def check_classes(section: ScoreSection, classes: int) -> None:
+    """Raises UserError for a criterion that cannot tell samples of so few classes apart."""
+    least = {name: getattr(criterion, "least_classes", 1) for name, criterion in build_criteria(section).items()}
+    for name in section.criteria:
+        if classes < (needed := 2 if name == MONTE_CARLO else least.get(name, 1)):
+            raise UserError(
+                f"score.criterion = {name!r} needs {needed} classes or more, and the data have {classes}; set "
+                "score.criterion=random, or one that compares features: density, herding or k_center"
+            )
+
+
 def is_class_criterion(criterion: Any) -> bool:
     return hasattr(criterion, "observe_class")
 

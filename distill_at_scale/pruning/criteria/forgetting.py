@@ -16,6 +16,8 @@ from distill_at_scale.pruning.criteria.base import Array, MeanOfTrials, ProxyOut
 
 
 class Forgetting(MeanOfTrials):
+    least_classes = 2
+
     @classmethod
     def of(cls, section: ScoreSection) -> Forgetting:
         if section.weights is not None:

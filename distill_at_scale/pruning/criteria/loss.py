@@ -18,6 +18,8 @@ from distill_at_scale.pruning.criteria.base import MeanOfTrials, ProxyOutputs
 class Loss(MeanOfTrials):
     """Over all epochs."""
 
+    least_classes = 2
+
     def observe(self, outputs: ProxyOutputs) -> Tensor:
         return F.cross_entropy(outputs.logits, outputs.labels, reduction="none")
 

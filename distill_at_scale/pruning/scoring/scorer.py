@@ -38,7 +38,6 @@ from distill_at_scale.pruning.scoring.classifier import (
     BatchOutputs,
     Classifier,
     CompiledClassifier,
-    check_features,
     random_projection,
 )
 
@@ -57,12 +56,6 @@ class ScoringCheckpoint:
     outputs: int
     columns: list[int] | None
     epoch: int
-
-
-def check(config: Config, prepared: PreparedDataset) -> None:
-    """Raises UserError, before training, if a criterion needs features that the network does not have."""
-    if any(factory.needs_features(criterion) for criterion in factory.build_criteria(config.score).values()):
-        check_features(proxy.network_spec(config.score, prepared.shape, len(prepared.class_names), prepared.kind))
 
 
 def forward_mode(spec: NetworkSpec, score: ScoreSection, passes: int, on_gpu: bool) -> ForwardMode:

@@ -161,6 +161,13 @@ def can_test(config: Config, prepared: DataSummary) -> bool:
     return config.evaluate.split == "held_out" or prepared.has_test()
 
 
+def tested(config: Config, prepared: PreparedDataset, manifest: Path) -> dict[str, Any]:
+    """The split that networks are tested on, and its number of samples; part of evaluation.json."""
+    split = config.evaluate.split
+    samples = len(manifests.held_out(manifest)) if split == "held_out" else sum(prepared.counts("test"))
+    return {"split": split, "samples": samples}
+
+
 def samples_to_test(config: Config, prepared: PreparedDataset, manifest: Path) -> tuple[Tensor, Tensor]:
     """Stored values [n, *shape] and labels int64 [n] of the samples of evaluate.split."""
     require_samples_to_test(config, prepared)

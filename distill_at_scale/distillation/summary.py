@@ -9,6 +9,7 @@ from typing import Any
 from distill_at_scale.core.statistics import CONFIDENCE, mean_and_std, welch_interval
 
 FEW_TESTED = 50  # below, one test sample is more than two points of top-1
+TESTED = {"test": "the test split", "held_out": "the held-out part of the training split"}  # names of evaluate.split
 
 
 def summarize(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -32,13 +33,19 @@ def summarize(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return summary
 
 
-def few_tested(samples: int) -> str | None:
-    """A sentence for a test split that is too small for a verdict, else None."""
+def tested(evaluation: Mapping[str, Any], test_samples: int) -> dict[str, Any]:
+    """`split` (as evaluate.split) and `samples`: what an evaluation.json was measured on; early versions do not store it."""
+    return evaluation.get("tested") or {"split": "test", "samples": test_samples}
+
+
+def few_tested(samples: int, split: str = "test") -> str | None:
+    """A sentence for a split that is too small for a verdict, else None."""
     if samples >= FEW_TESTED:
         return None
+    more = "add test samples, or raise data.holdout" if split == "test" else "raise select.held_out"
     return (
-        f"the test split has only {samples} samples, and each is {100 / samples:.0f} points of top-1, so accuracies say "
-        "little; add test samples, or raise data.holdout"
+        f"{TESTED[split]} has only {samples} samples, and each is {100 / samples:.0f} points of top-1, so accuracies say "
+        f"little; {more}"
     )
 
 

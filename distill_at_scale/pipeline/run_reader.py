@@ -25,7 +25,7 @@ from distill_at_scale.config.load import Config
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared import manifest, parquet
 from distill_at_scale.data.prepared.dataset import PreparedDataset
-from distill_at_scale.distillation.summary import differences
+from distill_at_scale.distillation.summary import TESTED, differences, tested
 from distill_at_scale.storage.run_dir import STAGES, RunDir
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class StageState:
 
 @dataclass(frozen=True)
 class Result:
-    """The top-1 accuracy of `n` networks of one kind on the test split, trained on one set; a fraction from 0 to 1.
+    """The top-1 accuracy of `n` networks of one kind on the samples of `Run.tested`, trained on one set; a fraction.
 
     Attributes:
         set: distilled, random_real, or another control or bound.
@@ -178,6 +178,12 @@ class Run:
         return results
 
     @property
+    def tested(self) -> dict[str, Any]:
+        """What the results were measured on: `split` (test or held_out, as evaluate.split) and `samples`, their number."""
+        evaluation = self._json("evaluation.json", "evaluate", "results")
+        return tested(evaluation, sum(self._prepared().counts("test")))
+
+    @property
     def report_path(self) -> Path:
         """The page of the run."""
         return self._file("report.html", "report", "report")
@@ -192,13 +198,14 @@ class Run:
 
     @property
     def has_test_split(self) -> bool:
-        """Whether the data set has test samples to evaluate on; True while that is unknown."""
+        """Whether the data set has a test split; True while that is unknown."""
         return not self._fetched("prepared/dataset.json") or PreparedDataset(self.path / "prepared").has_test()
 
     @property
     def open_stages(self) -> list[str]:
-        """The stages that are left, in their order; without a test split there is nothing to evaluate."""
-        return [s for s, state in self.stages.items() if not state.done and (s != "evaluate" or self.has_test_split)]
+        """The stages that are left, in their order; without samples to test on there is nothing to evaluate."""
+        tests = self.has_test_split or (self._configured and self.config.evaluate.split == "held_out")
+        return [s for s, state in self.stages.items() if not state.done and (s != "evaluate" or tests)]
 
     def command(self, name: str) -> str:
         """The command line of a sub-command for this run, for example of "run"."""
@@ -237,7 +244,7 @@ class Run:
         from distill_at_scale.pipeline.report import run_plots, run_report
 
         bars = run_report.accuracy_bars(self._json("evaluation.json", "evaluate", "results"))
-        return run_plots.accuracies(bars, 100 / len(self._prepared().class_names))
+        return run_plots.accuracies(bars, 100 / len(self._prepared().class_names), TESTED[self.tested["split"]])
 
     def plot_images(self) -> Figure:
         """The distilled samples, a row per class: images, the middle frames of clips, or plots of arrays."""

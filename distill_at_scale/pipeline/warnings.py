@@ -26,6 +26,7 @@ from distill_at_scale.distillation.summary import few_tested
 from distill_at_scale.pruning.criteria.factory import MONTE_CARLO, build_criteria
 from distill_at_scale.pruning.proxies import train as proxies
 from distill_at_scale.pruning.selection import quotas
+from distill_at_scale.pruning.selection.held_out import HeldOut
 
 CLIP_KEYS = ("sampling", "stride", "decoder", "seek", "short")
 IMAGE_KEYS = ("size", "resize", "channels", "store", "quality", "max_pixels")
@@ -150,10 +151,10 @@ NO_EFFECT = (
              "select.refresh is not set, so the kept samples stay"),
     NoEffect("distill", ("options",), "distill.method", lambda c: c.distill.method in METHODS,
              "only a method of your own reads it; {distill.method} has the section distill.{distill.method}"),
-    *map(_of_teacher, ("sre2l", "rded")),
     NoEffect("distill", ("steps", "evaluate_every", "checkpoint_every"), "distill.method",
              lambda c: issubclass(METHODS.get(c.distill.method, Method), RealImagesMethod),
              "distill.method is {distill.method}, which optimises nothing, so its set does not depend on steps"),
+    *map(_of_teacher, ("sre2l", "rded")),
     NoEffect("distill.tesla", ("label_lr", "label_init"), "distill.tesla.learn_labels",
              lambda c: c.distill.method == "tesla" and not c.distill.tesla.learn_labels,
              "distill.tesla.learn_labels is false"),
@@ -205,16 +206,19 @@ def of_overrides(config: Config, overrides: Sequence[str]) -> list[str]:
 
 
 def of_data(config: Config, class_names: Sequence[str], counts: Sequence[int], tested: int) -> Iterator[str]:
-    """Sentences on the data: no or a small test split, and classes of which selection keeps no more samples than are distilled.
+    """Sentences on the data: nothing or little to test on, and classes of which selection keeps no more samples than are
+    distilled.
 
     Args:
         counts: training samples per class.
         tested: samples of the test split, 0 without one.
     """
-    if not tested:
-        yield "there is no test split, so nothing will be evaluated; data.holdout=0.2 makes one"
-    elif note := few_tested(tested):
+    if (split := config.evaluate.split) == "held_out":
+        tested = sum(map(HeldOut(config.select.held_out, config.min_per_class).number, counts))
+    if tested and (note := few_tested(tested, split)):
         yield note
+    elif not tested and split == "test":
+        yield "there is no test split, so nothing will be evaluated; data.holdout=0.2 makes one"
     kept, ipc = quotas.expected(config.select, config.min_per_class, list(counts)), config.distill.ipc
     few = [name for name, number in zip(class_names, kept, strict=True) if number <= ipc]
     if few and config.select.scope == "class":

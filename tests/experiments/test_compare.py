@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rich.console import Console
 
 from distill_at_scale.config.experiments import CompareSection
 from distill_at_scale.config.load import load, with_overrides
@@ -220,6 +222,14 @@ def test_only_missing_networks_are_trained(two_runs, tmp_path):
     trained.clear()
     compared(two_runs, tmp_path, Counting, **keys)
     assert [name.split(",")[0] for name in trained] == ["tesla", "random"]  # of the new run, and random at its size
+
+
+def test_a_comparison_says_that_it_tests_on_the_test_split(two_runs, tmp_path):
+    keys, console = {"compare.dir": str(tmp_path)}, Console(file=io.StringIO(), width=200)
+    held_out = with_overrides(two_runs[0], keys | {"select.held_out": 0.2, "evaluate.split": "held_out"})
+    for config, said in ((with_overrides(two_runs[0], keys), False), (held_out, True)):
+        compare.make_plan(open_runs([config]), Display(console))
+        assert ("all networks are tested on the test split" in console.file.getvalue()) is said
 
 
 def test_every_set_of_a_kind_of_labels_has_one_recipe(two_runs):

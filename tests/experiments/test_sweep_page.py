@@ -144,6 +144,9 @@ def test_the_page_of_five_hundred_trials_is_small(tmp_path):
 
 def test_random_real_images_are_not_kept_samples():
     contents = page.contents(digits(), validate({}))
+    assert contents["tested"] == "the test split"
+    held_out = validate({"select": {"held_out": 0.2}, "evaluate": {"split": "held_out"}})
+    assert page.contents(digits(), held_out)["tested"] == "the held-out part of the training split"
     assert {row["kept"] for row in contents["table"] if row["one"].set == "random_real"} == {None}
     assert None not in {row["kept"] for row in contents["table"] if row["one"].set == "distilled"}
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rich.console import Console
 
 from distill_at_scale.config.load import validate
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.data.prepared.dataset import PreparedDataset
+from distill_at_scale.distillation import summary
 from distill_at_scale.distillation.evaluate import EvaluationJob, Evaluator
+from distill_at_scale.pipeline import warnings
+from distill_at_scale.pipeline.report import show
+from distill_at_scale.pipeline.run_reader import open_run
 from distill_at_scale.pipeline.stages import controls
 from distill_at_scale.storage.run_dir import STAGES
 
@@ -84,6 +91,31 @@ def test_no_set_that_it_is_compared_with_holds_one_of_them(tested, outside, eval
         assert not kept & outside
         assert facts == {"kept": len(kept), "of": len(rest)}
         assert name != "unpruned" or kept == rest
+
+
+def test_results_are_named_after_the_samples_that_they_were_measured_on(tested, outside, digits_run, tmp_path):
+    name, run = "the held-out part of the training split", open_run(tested.dir)
+    assert run.tested == {"split": "held_out", "samples": len(outside)}
+    assert run.plot_accuracy().axes[0].get_xlabel().startswith(f"top-1 accuracy on {name} in %")
+    show.print_folder(show.describe(tested.dir), Console(width=150, file=(out := io.StringIO())))
+    assert f"top-1 accuracy on {name}, %" in out.getvalue()
+    page = (tested.dir / "report.html").read_text(encoding="utf-8")
+    assert f"tested on {name}." in page
+    assert "test split" not in out.getvalue() + page
+    assert "nothing will be evaluated" not in tested.text
+    shutil.copytree(tested.dir, tmp_path / "run")
+    (tmp_path / "run" / "stages" / "evaluate.json").unlink()
+    assert "evaluate" in open_run(tmp_path / "run").open_stages
+    usual = {"split": "test", "samples": sum(PreparedDataset(digits_run.dir / "prepared").counts("test"))}
+    assert open_run(digits_run.dir).tested == summary.tested({}, usual["samples"]) == usual
+
+
+def test_few_held_out_samples_are_warned_of():
+    config = validate({"select": {"held_out": 0.2}, "evaluate": {"split": "held_out"}})
+    assert list(warnings.of_data(config, ["a"], [500], 0)) == []
+    (line,) = warnings.of_data(config, ["a"], [100], 1000)
+    expected = "the held-out part of the training split has only 20 samples, and each is 5 points of top-1"
+    assert (line.startswith(expected), line.endswith("; raise select.held_out")) == (True, True)
 
 
 def test_it_needs_a_held_out_part():

@@ -142,6 +142,7 @@ def test_a_small_test_split_allows_no_verdict():
     sets = [row("distilled", 1.0, 0.0, 5), row("random_real", 0.5, 0.0, 5)]
     assert wording.answer(sets, 600)["word"] == "Yes"
     few = wording.answer(sets, 2)
-    assert few["word"] == "Too few test samples"
+    assert few["word"] == "Too few tested samples"
     assert few["verdict"] == "unclear"
     assert "the test split has only 2 samples, and each is 50 points of top-1" in few["text"]
+    assert "the held-out part of the training split has only 2 samples" in wording.answer(sets, 2, "held_out")["text"]

@@ -146,6 +146,8 @@ def make_plan(runs: Sequence[FinishedRun], display: Display) -> Plan:
         entries.append(Entry(FULL, "full", data.stored_bytes, sum(counts), sum(counts), cost=0.0))
     for line in plan.left_out:
         display.say(f"  left out: {line}")
+    if any(run.config.evaluate.split == "held_out" for run in runs):
+        display.say("  all networks are tested on the test split; a comparison does not read evaluate.split")
     return plan
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.statistics import summary
+from distill_at_scale.distillation.summary import TESTED
 from distill_at_scale.experiments.studies import comparison
 from distill_at_scale.experiments.studies.base import RANDOM, Finding, Repetitions, StudyContext
 from distill_at_scale.experiments.studies.bisection import Search, SearchResult
@@ -91,7 +92,8 @@ def _notes(context: StudyContext, result: SearchResult) -> list[str]:
     notes = [
         f"{comparison.sample_size(len(result.smallest.outcomes), context.config.studies.evaluations)} per rate, "
         f"{len(result.level.accuracies)} unpruned; standard deviations are over distillations, the confidence is by Welch's t.",
-        "Rates are chosen by accuracy on the test split, which is a little kinder to the chosen one than to new data.",
+        f"Rates are chosen by accuracy on {TESTED[context.config.evaluate.split]}, which is a little kinder to the chosen one "
+        "than to new data.",
     ]
     if result.near_chance:
         notes.append(

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from distill_at_scale.config.fields import flatten
 from distill_at_scale.config.load import Config
+from distill_at_scale.distillation.summary import TESTED
 from distill_at_scale.experiments.sweep import analysis, plots, text
 from distill_at_scale.experiments.sweep.analysis import Configuration, Recommendation, Row
 from distill_at_scale.pipeline.report import charts
@@ -52,6 +53,7 @@ def contents(rows: Sequence[Row], config: Config) -> dict[str, Any]:
         "answer": text.headline(best, shared) if best else None,
         "reasons": text.reasons(best, shared) if best else [],
         "contexts": _contexts(ours),
+        "tested": TESTED[config.evaluate.split],
         "network": network if len(networks) > 1 else "",
         "plots": [charts.picture(plot) for plot in shown], "more_plots": omitted,
         "over_keep": plots.axis_of(configurations) == plots.RATE,

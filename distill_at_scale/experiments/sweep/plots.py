@@ -17,7 +17,7 @@ from distill_at_scale.pipeline.report.plot_spec import Kind, Plot, Role, Series
 from distill_at_scale.pipeline.report.text import share
 
 RATE = "share of the training samples kept"
-TOP1 = "top-1 accuracy on the test split"
+TOP1 = "top-1 accuracy"
 MOST_SERIES, MOST_CONTROLS = 8, 2
 MOST_BARS = 4 * MOST_SERIES
 MOST_PLOTS = 24

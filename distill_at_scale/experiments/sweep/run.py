@@ -168,7 +168,7 @@ class Sweep:
                 self._read_end(job)
             self.ends[job.folder] = self.ends[job.folder] or UNKNOWN
         result = self._table()
-        table.show(result, self.display.console)  # before the files: the disk may be full
+        table.show(result, self.display.console, self.config.evaluate.split)  # before the files: the disk may be full
         table.write(result, self.base / "sweep.parquet")
         failed = [end for end in self.ends.values() if isinstance(end, Failure)]
         if len(failed) == len(self.jobs):

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from distill_at_scale.core.atomic_files import publish
 from distill_at_scale.core.statistics import mean_and_std
+from distill_at_scale.distillation.summary import TESTED
 from distill_at_scale.experiments.point import Outcome
 from distill_at_scale.experiments.points import OWN, Failure
 from distill_at_scale.experiments.sweep.space import SweepTrial
@@ -83,9 +84,11 @@ def _column(values: Sequence[Any]) -> pa.Array:
     return pa.array(texts, pa.string())
 
 
-def show(table: pa.Table, console: Console) -> None:
-    """Print the accuracy of each configuration over its repetitions and evaluation networks, and its seconds."""
-    shown = Table(title="top-1 accuracy on the test split, %")
+def show(table: pa.Table, console: Console, split: str) -> None:
+    """Print the accuracy of each configuration over its repetitions and evaluation networks, and its seconds; `split` is
+    evaluate.split.
+    """
+    shown = Table(title=f"top-1 accuracy on {TESTED[split]}, %")
     for name in (*TEXT_COLUMNS, "mean ± std", "n", "seconds"):
         shown.add_column(name, justify="left" if name in TEXT_COLUMNS else "right")
     for row in pooled_rows(table):

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
+from distill_at_scale.distillation.summary import TESTED
 from distill_at_scale.pipeline.report import charts, html
 from distill_at_scale.pipeline.report.plot_spec import Plot, Role, Series
 from distill_at_scale.pipeline.report.text import accuracy, points, verdict
@@ -99,7 +100,7 @@ def _plot(network: str, regimes: Sequence[str], ranked: Sequence[tuple[str, Sequ
 def terminal_table(facts: Facts) -> Table:
     """The best result of each set for the first network."""
     board = _board(facts, facts["networks"][0])
-    shown = Table(title=f"top-1 accuracy on the test split in the best regime of each set, {board['network']}")
+    shown = Table(title=f"top-1 accuracy on {TESTED['test']} in the best regime of each set, {board['network']}")
     shown.add_column("set")
     for name in ("images", "KiB", "best", "labels", "LRS", "ARS"):
         shown.add_column(name, justify="left" if name == "labels" else "right")

@@ -61,8 +61,10 @@ class Gallery:
     shown: str
 
 
-def accuracies(bars: Sequence[AccuracyBar], chance: float) -> Figure:
-    """Bars by network with standard deviation and every single seed; a dashed line marks `chance` (in per cent)."""
+def accuracies(bars: Sequence[AccuracyBar], chance: float, tested: str) -> Figure:
+    """Bars by network with standard deviation and every single seed; a dashed line marks `chance` (in per cent). `tested` names
+    the samples of the accuracies.
+    """
     networks = list(dict.fromkeys(bar.row["network"] for bar in bars))
     with matplotlib.rc_context(style.STYLE):
         figure, axes = style.figure_of(0.46 * len(bars) + 0.34 * len(networks) + 0.62)
@@ -86,7 +88,7 @@ def accuracies(bars: Sequence[AccuracyBar], chance: float) -> Figure:
         axes.set_xlim(0, max(1.2 * max(bar.end for bar in bars), 1.1 * chance))
         axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 100])
         axes.axvline(chance, color=style.FAINT, lw=0.8, ls=(0, (3, 3)), zorder=0)
-        axes.set_xlabel("top-1 accuracy on the test split in %  (dashed: chance)")
+        axes.set_xlabel(f"top-1 accuracy on {tested} in %  (dashed: chance)")
         return figure
 
 

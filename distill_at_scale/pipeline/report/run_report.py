@@ -28,7 +28,7 @@ from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.data.prepared.parquet import reading
 from distill_at_scale.distillation import synthetic_set
 from distill_at_scale.distillation.result_checks import dropped_share
-from distill_at_scale.distillation.summary import differences
+from distill_at_scale.distillation.summary import TESTED, differences, tested
 from distill_at_scale.distillation.synthetic_set import SyntheticSet
 from distill_at_scale.pipeline.monitoring import timeline
 from distill_at_scale.pipeline.report import charts, comparison, html, run_plots, text, timeline_chart
@@ -39,7 +39,7 @@ from distill_at_scale.pruning.selection.ranking import RANDOM
 from distill_at_scale.storage.filesystem import last_name
 from distill_at_scale.storage.run_dir import STAGES, RunDir
 
-VERSION = 5  # of the page; raise it when the page changes, so that finished runs write their report again
+VERSION = 6  # of the page; raise it when the page changes, so that finished runs write their report again
 HISTOGRAMS, SNAPSHOT_CLASSES, SAMPLE_CLASSES, SAMPLES = 20, 10, 10, 5
 REASONS, KINDS = 5, 12  # at most REASONS rejected samples are listed one by one; more are grouped into KINDS kinds
 IMAGE_CLASSES, IMAGE_ROWS, IMAGE_COLUMNS = 100, 20, 10  # classes at one image per class; else classes, images per class
@@ -68,7 +68,7 @@ def contents(run: RunDir, config: Config) -> dict[str, Any]:
     settings = _settings(run_facts, records, config)
     source, selection = settings["data"], _selection(run, prepared)
     ipc, kept = synthetic.card["images_per_class"], selection["share"] if selection else None
-    words = text.words(prepared.shape, prepared.kind)
+    words, on = text.words(prepared.shape, prepared.kind), tested(evaluation, sum(prepared.counts("test")))
     return {
         "name": last_name(source["path"] or "") or source["source"],
         "card": synthetic.card,
@@ -76,9 +76,9 @@ def contents(run: RunDir, config: Config) -> dict[str, Any]:
         "words": words,
         "question": text.question(words, len(synthetic.labels), ipc, prepared.counts("train"), kept),
         "method_facts": text.method_facts(synthetic.card, words["many"], dropped_share(run / "metrics.jsonl")),
-        "answer": text.answer(evaluation.get("summary", []), sum(prepared.counts("test"))),
+        "answer": text.answer(evaluation.get("summary", []), **on),
         "one_distillation": text.ONE_DISTILLATION,
-        "evaluation": _evaluation(evaluation, len(prepared.class_names)),
+        "evaluation": _evaluation(evaluation, len(prepared.class_names), TESTED[on["split"]]),
         "pruning": _pruning(evaluation, records, selection, synthetic.card),
         "comparison": comparison.of_run(run / "compare" / "compare.json"),
         "per_class": _per_class(evaluation.get("summary", []), prepared.class_names),
@@ -100,13 +100,14 @@ def contents(run: RunDir, config: Config) -> dict[str, Any]:
     }
 
 
-def _evaluation(evaluation: Mapping[str, Any], classes: int) -> dict[str, Any] | None:
+def _evaluation(evaluation: Mapping[str, Any], classes: int, split: str) -> dict[str, Any] | None:
     if not (summary := evaluation.get("summary")):
         return None
     bars, networks = accuracy_bars(evaluation), list(dict.fromkeys(row["network"] for row in summary))
     gaps = {(gap["against"], gap["network"]): gap for gap in differences(summary)}
     return {
-        "chart": both_widths(run_plots.accuracies(bars, 100 / classes)),
+        "chart": both_widths(run_plots.accuracies(bars, 100 / classes, split)),
+        "tested": split,
         "rows": [{**bar.row, "gap": _gap(gaps.get((bar.row["set"], bar.row["network"])))} for bar in bars],
         "top5": classes > 5,
         "timed": any("seconds" in row for row in summary),

@@ -17,7 +17,7 @@ from rich.table import Table
 from distill_at_scale.core.errors import UserError
 from distill_at_scale.core.progress import format_seconds, printable
 from distill_at_scale.data.prepared.dataset import PreparedDataset
-from distill_at_scale.distillation.summary import few_tested
+from distill_at_scale.distillation.summary import TESTED, few_tested
 from distill_at_scale.pipeline import run_reader
 from distill_at_scale.pipeline.report.text import ONE_DISTILLATION, points
 from distill_at_scale.pipeline.run_reader import Result, Run, StageState
@@ -37,9 +37,9 @@ REASONS = 3  # rejected samples that are named
 def describe(address: str | Path) -> dict[str, Any]:
     """What a folder holds, as values for JSON.
 
-    Always: kind (run, sweep or study), folder, next (a command or None). Of a run: configuration, data, stages, results,
-    warnings, rejected, report; a part that is not there is None. What cannot be read is explained in problems. Of a sweep or
-    study: page, table, points.
+    Always: kind (run, sweep or study), folder, next (a command or None). Of a run: configuration, data, stages, results, tested
+    (the samples of the results), warnings, rejected, report; a part that is not there is None. What cannot be read is explained
+    in problems. Of a sweep or study: page, table, points.
 
     Raises:
         UserError: the folder does not exist, or this package did not write it.
@@ -61,6 +61,7 @@ def _run(run: Run) -> dict[str, Any]:
         "configuration": _settings,
         "data": _data,
         "results": lambda run: [_result(result) for result in run.results] if stages["evaluate"].done else None,
+        "tested": lambda run: run.tested if stages["evaluate"].done else None,
         "warnings": lambda run: run.warnings,
         "rejected": _rejected,
         "next": lambda run: run.command("run") if run.open_stages else _export(run),
@@ -153,7 +154,7 @@ def print_folder(described: dict[str, Any], console: Console) -> None:
         say(f"  {section:<9}{text}")
     console.print(stage_table(described["stages"]))
     if described["results"]:
-        _print_results(described["results"], (described["data"] or {}).get("samples", {}).get("test", 0), console)
+        _print_results(described["results"], described["tested"], console)
     for line in described["problems"]:
         say(f"problem: {line}")
     for line in described["warnings"] or ():
@@ -219,16 +220,17 @@ def _remark(row: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _print_results(results: list[dict[str, Any]], tested: int, console: Console) -> None:
-    console.print(result_table(results))
+def _print_results(results: list[dict[str, Any]], tested: dict[str, Any] | None, console: Console) -> None:
+    on = tested or {"split": "test", "samples": 0}  # early versions without prepared data
+    console.print(result_table(results, on["split"]))
     console.print(ONE_DISTILLATION, soft_wrap=True)
-    if tested and (note := few_tested(tested)):
+    if on["samples"] and (note := few_tested(**on)):
         console.print(f"warning: {note}", soft_wrap=True)
 
 
-def result_table(results: list[dict[str, Any]]) -> Table:
+def result_table(results: list[dict[str, Any]], split: str) -> Table:
     """The accuracy of each set and network in per cent."""
-    table = Table(title="top-1 accuracy on the test split, %")
+    table = Table(title=f"top-1 accuracy on {TESTED[split]}, %")
     for column in ("set", "network", "mean ± std", "n", "distilled − this", "95 % interval"):
         table.add_column(column, justify="left" if column in ("set", "network") else "right")
     for row in results:
@@ -243,7 +245,6 @@ def result_table(results: list[dict[str, Any]]) -> Table:
 def show_result(run: RunDir, console: Console) -> None:
     """Print the accuracy of each set and network, and the path of the report: what a run ends with."""
     if (run / "evaluation.json").exists():
-        tested = (_data(Run(run)) or {}).get("samples", {}).get("test", 0)
-        _print_results([_result(result) for result in Run(run).results], tested, console)
+        _print_results([_result(result) for result in Run(run).results], Run(run).tested, console)
     if (run / "report.html").exists():
         console.print(f"report: {_place(Run(run), 'report.html')}", markup=False, soft_wrap=True)

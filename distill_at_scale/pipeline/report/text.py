@@ -64,10 +64,10 @@ def method_facts(card: Mapping[str, Any], many: str, dropped: float | None = Non
     return facts
 
 
-def answer(summary: Sequence[Summary], tested: int = 0) -> dict[str, str]:
+def answer(summary: Sequence[Summary], samples: int = 0, split: str = "test") -> dict[str, str]:
     """The verdict for the first network as a word and a sentence; `others` summarises the other networks.
 
-    `tested` is the number of test samples, 0 if unknown; a few of them allow no verdict.
+    `samples` of `split` were tested (0: unknown); a few of them allow no verdict.
     """
     sets = {(row["set"], row["network"]): row for row in summary}
     gaps = {gap["network"]: gap for gap in differences(summary) if gap["against"] == "random_real"}
@@ -85,8 +85,8 @@ def answer(summary: Sequence[Summary], tested: int = 0) -> dict[str, str]:
         text += f", {points(gap['mean'])} points; with one seed the spread is unknown, so chance cannot be ruled out"
     else:
         text += f", {points(gap['mean'])} points ({interval(gap)})"
-    if tested and (note := few_tested(tested)):
-        return {"verdict": "unclear", "word": "Too few test samples", "text": f"{text}; {note}", "others": ""}
+    if samples and (note := few_tested(samples, split)):
+        return {"verdict": "unclear", "word": "Too few tested samples", "text": f"{text}; {note}", "others": ""}
     others: dict[str, list[str]] = {}
     for name in networks:
         others.setdefault(verdict(gaps[name]), []).append(name)

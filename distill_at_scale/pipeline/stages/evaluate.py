@@ -63,7 +63,11 @@ def run(context: RunContext, inputs: StageInputs) -> StageOutput:
     path = run_dir / "evaluation.json"
     summary = summarize(rows)
     results = {"rows": rows, "summary": summary, "differences": differences(summary)}
-    facts = {"distillations": 1, "controls": {control.name: control.facts for control in distilled.values()}}
+    facts = {
+        "tested": evaluation.tested(config, data, run_dir / "manifest.parquet"),
+        "distillations": 1,
+        "controls": {control.name: control.facts for control in distilled.values()},
+    }
     write_json(path, {**results, **facts, "fingerprint": inputs.fingerprint})
     return [path], {"control_seconds": control_seconds} if distilled else {}
 

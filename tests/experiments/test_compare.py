@@ -103,6 +103,13 @@ def test_equal_bytes_fill_the_bytes_of_a_set_and_one_more_image_per_class_does_n
             room, k = one.bytes(labels, [], each), entry.per_class[labels]
             assert 3 * k * (64 + each) <= room < 3 * (k + 1) * (64 + each)
     assert entries[2].bytes("hard", data.counts(), 8) == 3 * entries[2].per_class["hard"] * 72
+    small = sets.Entry("c", "external", 64, 3, 3), sets.Entry("d", "external", 64 - 1, 3, 3)
+    section = section.model_copy(update={"budgets": ["bytes"], "labels": ["hard"]})
+    entries = sets.baselines(small, {"random": None}, data, section, 10, 1.0)
+    assert [entry.title for entry in entries] == [
+        "random, bytes of c; bytes of d (with hard labels one image per class is more)"
+    ]
+    assert entries[0].bytes("hard", data.counts(), 8) == 3 * 72 > small[1].bytes("hard", [], 8)
 
 
 def test_orders_of_real_samples_follow_their_scores(two_runs):

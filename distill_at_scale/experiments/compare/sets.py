@@ -152,7 +152,8 @@ class Entry:
 
 def baselines(sets: Sequence[Entry], names: Mapping[str, Path | None], data: PreparedDataset, section: CompareSection,
               epochs: int, scoring: float) -> list[Entry]:  # fmt: skip
-    """The entries of real samples: as many images per class as each set has, or as many as fit into its bytes.
+    """The entries of real samples: as many images per class as each set has, or as many as fit into its bytes. Where not even
+    one per class fits, it is one, and the budget says so.
 
     `names` are the baselines that can be drawn, with the files of their orders; `scoring` is the time of the scores in seconds.
     """
@@ -161,12 +162,14 @@ def baselines(sets: Sequence[Entry], names: Mapping[str, Path | None], data: Pre
         ipc = max(1, one.stored // len(counts))
         budgets[tuple((labels, ipc) for labels in section.labels)] = [f"{ipc} per class"]
     for one in sets if "bytes" in section.budgets else ():
-        fitting = []
+        fitting, over = [], []
         for labels in section.labels:
             each = label_bytes(labels, len(counts), section, epochs)
             room = one.bytes(labels, counts, each) // (len(counts) * (data.stored_bytes + each))
             fitting.append((labels, max(1, min(max(counts), room))))
-        budgets.setdefault(tuple(fitting), []).append(f"bytes of {one.name}")
+            over += [] if room else [labels]
+        note = f" (with {' and '.join(over)} labels one image per class is more)" if over else ""
+        budgets.setdefault(tuple(fitting), []).append(f"bytes of {one.name}{note}")
     return [
         Entry(name, "baseline", data.stored_bytes, budget="; ".join(texts), per_class=dict(budget),
               cost=scoring if file else 0.0, file=file)

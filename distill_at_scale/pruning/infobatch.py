@@ -15,6 +15,12 @@ from distill_at_scale.core import rng
 from distill_at_scale.core.collectives import Collectives
 
 SHARE = 0.875  # of the epochs, from the first one on, in which samples may be dropped (the paper's delta)
+EASY = 0.7  # of the samples are below the mean loss: `expected_share` assumes what was measured on the digits
+
+
+def expected_share(drop: float, epochs: int) -> float:
+    """The share of all samples of all epochs that a training is expected to pass, 0..1; `drop` is r."""
+    return 1 - EASY * drop * max(0, int(SHARE * epochs) - 1) / epochs  # no loss is known in the first epoch
 
 
 class InfoBatch:

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import yaml
 from conftest import TINY, tiny_config
@@ -20,7 +21,7 @@ from distill_at_scale.data.prepared.dataset import PreparedDataset
 from distill_at_scale.pipeline import validate
 from distill_at_scale.pipeline.executors.helpers import START
 from distill_at_scale.pipeline.planning import plan as plans
-from distill_at_scale.pipeline.planning.dry_run import DryRun
+from distill_at_scale.pipeline.planning.dry_run import DryRun, Rate
 from distill_at_scale.pipeline.planning.estimates import RAY, Planner, StageEstimate, finish
 from distill_at_scale.pruning.selection import quotas
 
@@ -86,6 +87,56 @@ def test_known_counts_come_from_the_listing_and_from_the_prepared_set_alike(digi
 )
 def test_each_process_takes_the_next_unit(units, starts, expected):
     assert finish(units, starts) == expected
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """A second for each step, epoch and pass of a sample; a hundredth to test a sample."""
+    monkeypatch.setattr(DryRun, "ready", lambda self, kept: Rate.fixed(1.0))
+    monkeypatch.setattr(DryRun, "steps", lambda *_: Rate.fixed(1.0))
+
+    def trainings(self):
+        rate = replace(Rate.fixed(1.0), last=self.measured.tests / 100)
+        return {f"evaluate {name} convnet": rate for name in ("distilled", "kept", "full")} | {"rest": Rate.fixed(0.0)}
+
+    monkeypatch.setattr(Planner, "_trainings", trainings)
+    scoring = dict.fromkeys(("train a proxy", "score", "rest"), Rate.fixed(1.0))
+    monkeypatch.setattr(DryRun, "stage", lambda *_, **keys: scoring)
+
+
+@pytest.mark.parametrize(("workers", "seconds"), [(1, 1.35), (2, 0.675)])
+def test_renewals_of_the_kept_samples_rate_a_part_of_the_data_each(planner, rates, workers, seconds):
+    keys = {"distill__method": "dm", "distill__steps": 10, "distill__workers": workers, "cluster__address": None}
+    made = planner(tiny_config("x", **keys, select__refresh=3, select__refresh_pool=0.5))
+    # after steps 3, 6 and 9, of half of 90 samples
+    assert made.distill().parts["renew the kept samples"] == pytest.approx(seconds)
+    assert "renew the kept samples" not in planner(tiny_config("x", **keys)).distill().parts
+
+
+def test_infobatch_shortens_the_trainings_on_real_data_alone(planner, rates, monkeypatch):
+    def trained(method, **keys):
+        config = tiny_config("x", distill__method=method, **{f"distill__{method}__{key}": v for key, v in keys.items()})
+        return next(iter(planner(config).distill().parts.values()))
+
+    every = {
+        "mtt": {"experts": 1, "expert_epochs": 20, "max_start": 1},
+        "rded": {"teacher_epochs": 20, "teacher_network": "convnet_bn"},
+    }
+    for (method, keys), key in zip(every.items(), ("expert_infobatch", "teacher_infobatch"), strict=True):
+        assert trained(method, **keys) == pytest.approx(20 * sum(FACTS.kept))
+        assert trained(method, **keys, **{key: 0.5}) == pytest.approx(0.72 * 20 * sum(FACTS.kept))
+
+    epochs = []
+    monkeypatch.setattr(Planner, "_units", lambda self, name, units, spread: epochs.append([n for n, _ in units]) or [])
+    for drop in (0.0, 0.5):
+        keys = {"evaluate__bounds": ["kept", "full"], "evaluate__bound_epochs": 20, "evaluate__bound_infobatch": drop}
+        made = planner(tiny_config("x", **keys, evaluate__seeds=1, score__epochs=20, score__infobatch=drop))
+        made.evaluate()
+        made.score()
+        dry = made.measured.config
+        assert dry.evaluate.bound_infobatch == dry.score.infobatch == 0, "the dry run measures whole epochs"
+    assert np.divide(epochs[2], epochs[0]) == pytest.approx([1, 1, 0.72, 0.72])  # distilled, random_real, kept, full
+    assert np.divide(epochs[3], epochs[1]) == pytest.approx([0.72, 0.72])  # two trials
 
 
 def test_other_programs_are_named_and_ray_s_start_is_counted_once(planner, monkeypatch, tmp_path):

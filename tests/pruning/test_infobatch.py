@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distill_at_scale.pruning.infobatch import InfoBatch
+from distill_at_scale.pruning.infobatch import EASY, InfoBatch, expected_share
 
 CPU = torch.device("cpu")
 
@@ -47,6 +47,16 @@ def test_easy_samples_are_dropped_and_rescaled_and_no_others():
     assert rule.weights[:100].eq(2).all()
     assert torch.equal(rule.start(1), kept)  # (seed, epoch) decide
     assert not torch.equal(rule.start(2), kept)
+
+
+def test_the_expected_share_is_that_of_a_training_with_the_assumed_losses():
+    for drop, epochs in ((0.5, 20), (0.9, 9), (0.5, 2), (0.0, 5)):
+        rule, passed = a_rule(drop, 4000, epochs), 0
+        for epoch in range(epochs):
+            passed += int(rule.start(epoch).sum())
+            rule.losses = (torch.arange(4000) >= EASY * 4000).float()  # those of 0 are below the mean
+        assert passed / (4000 * epochs) == pytest.approx(expected_share(drop, epochs), abs=0.01)
+    assert expected_share(0.5, 20) == pytest.approx(0.72)  # as measured on the digits
 
 
 def test_a_sample_of_unknown_loss_is_never_dropped_nor_counted_in_the_mean():

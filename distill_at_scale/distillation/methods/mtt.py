@@ -22,6 +22,7 @@ from distill_at_scale.distillation.methods.base import ImageMethod
 from distill_at_scale.distillation.methods.contract import Cost, FinalOutputs, MethodContext
 from distill_at_scale.distillation.methods.shared import experts, unroll
 from distill_at_scale.distillation.student import TrainingProtocol
+from distill_at_scale.pruning.infobatch import expected_share
 
 
 class MTT(ImageMethod):
@@ -58,7 +59,8 @@ class MTT(ImageMethod):
     @classmethod
     def costs(cls, config: Config) -> list[Cost]:
         section = cls.section(config)
-        passes = section.experts * section.expert_epochs
+        share = expected_share(section.expert_infobatch, section.expert_epochs)
+        passes = section.experts * section.expert_epochs * share
         return [Cost(f"train {section.experts} experts", config.distill.network, "kept", passes, True)]
 
     def __init__(self, context: MethodContext) -> None:

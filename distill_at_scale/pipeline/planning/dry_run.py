@@ -257,9 +257,9 @@ class DryRun:
         keys = {key: value for key, value in SHORT.items() if hasattr(section, key)}
         distill = {"steps": engine.step_count(config), "evaluate_every": 0}
         distill |= {wanted.method: section.model_copy(update=keys)} if section is not None else {}
-        evaluate = {"controls": [], "control": "none", "seeds": 1, "split": "test"}
-        once = {"trials": 1, "share": 1.0, "batch": batch, "workers": 1, "imported": {}, "weights": None}
-        self.config = changed(config, score=once, select={"held_out": 0.0}, distill=distill, evaluate=evaluate)
+        evaluate = {"controls": [], "control": "none", "seeds": 1, "split": "test", "bound_infobatch": 0.0}
+        few = {"trials": 1, "share": 1.0, "batch": batch, "workers": 1, "imported": {}, "weights": None, "infobatch": 0}
+        self.config = changed(config, score=few, select={"held_out": 0.0}, distill=distill, evaluate=evaluate)
         self._temporary = tempfile.TemporaryDirectory(prefix="distill_at_scale-")
         self.folder = Path(self._temporary.name)
         self._task = Task(Rehearsal, self.config, {"folder": self.folder}, ())

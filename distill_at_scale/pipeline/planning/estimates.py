@@ -23,6 +23,7 @@ from distill_at_scale.pipeline.planning.dry_run import FIRST, LEAST, DryRun, Rat
 from distill_at_scale.pipeline.stages import controls
 from distill_at_scale.pipeline.validate import PlannedDataset
 from distill_at_scale.pruning.criteria.factory import MONTE_CARLO, build_criteria, needed_epochs
+from distill_at_scale.pruning.infobatch import expected_share
 from distill_at_scale.pruning.proxies import train as proxy
 from distill_at_scale.pruning.proxies.dataloader import WINDOW_BYTES
 from distill_at_scale.pruning.scoring import scorer
@@ -116,7 +117,8 @@ class Planner:
             together = score.workers > 1 and not self.layout.local
             spread = self.layout.group(score.workers, score.workers) if together else self.layout.tasks(trials)
             rate = rates(spread, proxy.forward_mode(spec, score, samples, on_gpu))["train a proxy"]
-            units = score.epochs * samples / self.measured.trained / (spread.side if together else 1)
+            epochs = score.epochs * expected_share(score.infobatch, math.ceil(score.epochs))
+            units = epochs * samples / self.measured.trained / (spread.side if together else 1)
             parts += self._units("proxies", [(units, rate)] * trials, Spread(1, 1) if together else spread)
         checkpoints = trials * len(needed_epochs(criteria.values(), count))
         seen = rates(passing, scorer.forward_mode(spec, score, facts.train * checkpoints, on_gpu))
@@ -183,10 +185,9 @@ class Planner:
         scale = {"kept": sum(facts.kept) / kept, "full": facts.train / measured.trained}
         for job in self._jobs():
             of = job.set if job.set in section.bounds else "distilled"
-            rate, count = (
-                rates[f"evaluate {of} {job.network}"],
-                section.bound_epochs if job.set == of != "distilled" else epochs,
-            )
+            rate = rates[f"evaluate {of} {job.network}"]
+            share = expected_share(section.bound_infobatch, section.bound_epochs)
+            count = section.bound_epochs * share if of != "distilled" else epochs
             once = rate.once + rate.last * facts.tests / measured.tests
             units.append((count * scale.get(of, facts.classes / measured.classes), replace(rate, once=once)))
         parts = [*self._units("train and test", units, self.layout.tasks(len(units))), ("open", 1, rates["rest"])]

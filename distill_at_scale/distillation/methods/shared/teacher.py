@@ -37,7 +37,7 @@ from distill_at_scale.models import pretrained, weight_check
 from distill_at_scale.models.precision import autocast
 from distill_at_scale.models.spec import NetworkSpec, builder, mixes_samples
 from distill_at_scale.models.weight_check import WeightCheck
-from distill_at_scale.pruning.infobatch import InfoBatch
+from distill_at_scale.pruning.infobatch import InfoBatch, expected_share
 
 STUDENT_WEIGHT_DECAY = {"adamw": 0.01, "sgd": 1e-4}  # of the official code
 
@@ -108,7 +108,8 @@ class TeacherMethod(Method):
         labelling = Cost(f"label the views of {epochs} epochs", network, "synthetic", epochs, backward=False)
         if section.teacher_weights:
             return [labelling]
-        return [Cost("train the teacher", network, "kept", section.teacher_epochs, backward=True), labelling]
+        passes = section.teacher_epochs * expected_share(section.teacher_infobatch, section.teacher_epochs)
+        return [Cost("train the teacher", network, "kept", passes, backward=True), labelling]
 
     def finalize(self, images: Tensor, labels: Tensor) -> FinalOutputs:
         """The teacher, and its labels for all views of the set; workers share the epochs.

@@ -56,9 +56,12 @@ class SRe2L(TeacherMethod, ImageMethod):
     @classmethod
     def protocol(cls, config: Config) -> TrainingProtocol:
         """Raises UserError, besides the reasons of a teacher, if the teacher cannot take images of `block_sizes`."""
-        protocol, section, shape = super().protocol(config), cls.section(config), sample_shape(config.data)
+        protocol, section = super().protocol(config), cls.section(config)
+        if not section.block_sizes:
+            return protocol
+        shape = sample_shape(config.data)
         teacher = NetworkSpec(section.teacher_network, shape, 10, config.distill.width, config.distill.depth).skeleton()
-        for size in [shape[-1], *(section.block_sizes or [])]:
+        for size in [shape[-1], *section.block_sizes]:
             try:
                 teacher(torch.empty(2, *shape[:-2], size, size, device="meta"))
             except Exception as error:

@@ -70,12 +70,13 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _score_for_auto(self) -> Config:
-        """With select.keep: auto, score.criterion gets the criteria that the candidates need."""
-        if self.select.keep != "auto":
-            return self
+    def _score_for_selection(self) -> Config:
+        """score.criterion gets `clusters` if select.order needs it; with select.keep: auto, all that the candidates need."""
+        candidates: list[dict[str, Any]] = [{"order": self.select.order}]
         named = list[str]()
-        for candidate in self.select.auto.portfolio or self.selections:
+        if self.select.keep == "auto":
+            candidates = self.select.auto.portfolio or self.selections
+        for candidate in candidates:
             criterion = candidate.get("criterion") or []
             named += [criterion] if isinstance(criterion, str) else criterion
             named += ["clusters"] if candidate.get("order") == "clusters" else []

@@ -218,13 +218,15 @@ def test_a_window_is_two_ascending_shares(window):
         validate({"select": {"window": window}})
 
 
-def test_clusters_that_are_not_scored_are_refused_before_and_at_the_selection(tmp_path):
-    with pytest.raises(UserError, match=r"clusters, which is not scored; add it to score\.criterion"):
-        checks.check_names(tiny_config(tmp_path / "run", select__order="clusters"))
+def test_the_order_clusters_has_the_clusters_scored(tmp_path):
+    config = tiny_config(tmp_path / "run", select__order="clusters")
+    assert config.score.criteria == ["loss", "clusters"]
+    checks.check_names(config)
+    assert tiny_config(tmp_path / "run", select__order="coverage").score.criteria == ["loss"]
+    both = ["clusters", "loss"]
+    assert tiny_config(tmp_path / "run", score__criterion=both, select__order="clusters").score.criteria == both
     with pytest.raises(UserError, match=r"clusters, which is not scored; add it to score\.criterion"):
         choose(scores_of([9]), order="clusters", keep=0.5)
-    named = {"score__criterion": ["loss", "clusters"], "select__order": "clusters"}
-    checks.check_names(tiny_config(tmp_path / "run", **named))
 
 
 @pytest.mark.parametrize("criterion", [None, "clusters", {"loss": 1.0, "clusters": 0.5}])

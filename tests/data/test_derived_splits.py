@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from plan_cases import measure_quickly
 
 from distill_at_scale.config.sections import DataSection
 from distill_at_scale.core.errors import UserError
@@ -181,7 +182,8 @@ def test_a_class_with_fewer_samples_than_images_to_distil_is_named_by_validate(t
 
 @pytest.mark.parametrize("store", ["raw", "jpeg"])
 @pytest.mark.parametrize("transform", ["long_tail", "near_duplicates", "high_variance"])
-def test_a_whole_run_on_a_derived_set_of_either_store(tmp_path, make_run, store, transform):
+def test_a_whole_run_on_a_derived_set_of_either_store(tmp_path, make_run, monkeypatch, store, transform):
+    measure_quickly(monkeypatch)
     keys = {"transform": transform, "store": store, "copies": 2, "variance_classes": 2}
     run = make_run(tmp_path / "run", **{f"data__{k}": v for k, v in keys.items()}, evaluate__seeds=1)
     assert run.pipeline.validate() == 0

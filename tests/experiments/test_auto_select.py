@@ -9,6 +9,7 @@ import pytest
 import yaml
 from conftest import TINY, tiny_config
 from fake_points import FakePointSet
+from plan_cases import measure_quickly
 
 import distill_at_scale as das
 from distill_at_scale import cli
@@ -264,7 +265,8 @@ def tiny_file(tmp_path):
     return str(path)
 
 
-def test_a_plan_says_that_the_selection_has_to_be_found(tiny_file, capsys):
+def test_a_plan_says_that_the_selection_has_to_be_found(tiny_file, capsys, monkeypatch):
+    measure_quickly(monkeypatch)
     assert cli.main(["plan", tiny_file]) == 0
     output = capsys.readouterr().out
     assert "select: auto tries 4 selections in 11 short distillations" in output

@@ -7,6 +7,7 @@ import io
 import pytest
 import yaml
 from conftest import TINY
+from plan_cases import measure_quickly
 from rich.console import Console
 
 from distill_at_scale import cli
@@ -175,7 +176,8 @@ def test_a_missing_test_split_is_said_with_the_key_that_makes_one():
     assert "nothing will be evaluated; data.holdout=0.2 makes one" in line
 
 
-def test_commands_warn_once_and_before_the_work(tmp_path, capsys):
+def test_commands_warn_once_and_before_the_work(tmp_path, capsys, monkeypatch):
+    measure_quickly(monkeypatch)
     path = tmp_path / "tiny.yaml"
     settings = {**TINY, "run": {"dir": str(tmp_path / "run")}, "runtime": {"drop": 0.5}, "select": {"per_class": 1}}
     settings["data"] = {key: value for key, value in TINY["data"].items() if key != "holdout"}

@@ -11,6 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 from conftest import Run, tiny_config
+from plan_cases import measure_quickly
 from storage_cases import artefact_digests, stored_objects
 
 from distill_at_scale.core.errors import Unreachable, UserError
@@ -154,8 +155,9 @@ def test_a_killed_stage_resumes_on_another_machine(remote_run, s3, bucket, local
     )
 
 
-def test_other_commands_read_and_write_there(remote_run, s3, bucket, tmp_path):
+def test_other_commands_read_and_write_there(remote_run, s3, bucket, tmp_path, monkeypatch):
     """plan, validate and export, each on its own machine."""
+    measure_quickly(monkeypatch)
     remote_run("a").stages("ingest", "score", "select")
     finished = remote_run("b").pipeline.forecast()
     assert remote_run("c").pipeline.validate() == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 
 import pytest
 import yaml
@@ -45,10 +46,17 @@ class Standing(FakePointSet):
         return outcomes
 
 
+@pytest.fixture(scope="module")
+def scored(make_run, tmp_path_factory):
+    """A run whose scores are there; `finished` copies it."""
+    return make_run(tmp_path_factory.mktemp("auto_select") / "run", **KEYS).stages("ingest", "score")
+
+
 @pytest.fixture
-def finished(make_run, tmp_path):
-    """A run whose scores are there."""
-    return make_run(tmp_path / "run", **KEYS).stages("ingest", "score")
+def finished(scored, make_run, tmp_path):
+    """A run whose scores are there, free to be changed."""
+    shutil.copytree(scored.dir, tmp_path / "run")
+    return make_run(tmp_path / "run", **KEYS)
 
 
 KEYS = {

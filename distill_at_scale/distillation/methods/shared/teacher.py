@@ -120,8 +120,9 @@ class TeacherMethod(Method):
         section, plan = self.section(config), self.protocol(config).plan
         teacher = Teacher.load(context.networks / TEACHER, context.device, section.teacher_network)
         view_labels = soft_labels.TeacherLabels(teacher, section.label_epochs, section.top_k, section.temperature)
-        folder = context.work / f"labels-{hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]}"
+        folder = context.work  # of rank 0, which alone writes
         if context.workers.rank == 0:
+            folder /= f"labels-{hashlib.sha256(images.contiguous().numpy().data).hexdigest()[:16]}"
             for other in set(context.work.glob("labels-*")) - {folder}:  # of the images of an earlier evaluation
                 shutil.rmtree(other)
         size = soft_labels.relabel(images, plan, view_labels, context.workers, folder)

@@ -241,7 +241,7 @@ def _train(
             rows[row["key"]] = row
             with open(log, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-            meter.advance(1, f"{row['set']} {row['top1']:.3f}")
+            meter.advance(1, f"{job}: {row['top1']:.1%}")
 
         units = list(missing.values())
         executor.run(Task(Compare, plan.config, paths, units, total=len(_units(plan))), done)
